@@ -1,0 +1,99 @@
+# One entry for each thing a developer does. `make run` and `make test` set everything up first.
+# Only relative paths below, so that the tree may lie anywhere, also in a path with spaces.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup run lint test bench kube-assets lock clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCK := deploy/lock
+UV_VERSION := 0.13.9
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install --quiet
+
+# Arguments for pytest, the bench or uv: make test ARGS='-k ledger -x'
+ARGS ?=
+# Another interpreter to begin with: make setup PYTHON=/opt/python/bin/python3
+PYTHON ?=
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+# A virtual environment knows its own place and its interpreter: after a move or a change of
+# Python it is made anew. Messages go to stderr, so that `make kube-assets` prints one line.
+setup: ## make .venv with everything in it (needs Python 3.11 to 3.13)
+	@if [ -e $(VENV) ] && ! { [ "$$(cat $(VENV)/.place 2>/dev/null)" = "$$(pwd -P)" ] \
+	    && $(PY) -c '' 2>/dev/null; }; then rm -rf $(VENV); fi
+	@$(MAKE) --no-print-directory -s $(VENV)/.ready >&2
+
+$(VENV)/.place:
+	@echo 'setup: making $(VENV)'
+	@chosen=; reason='no Python 3.11, 3.12 or 3.13 found'; \
+	for python in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	        2>/dev/null || continue; \
+	    if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then chosen=$$python; break; fi; \
+	    reason="$$python has no venv or ensurepip module"; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+	    echo "setup: $$reason; on Debian or Ubuntu: apt-get install python3 python3-venv," \
+	         "elsewhere: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	rm -rf $(VENV) && "$$chosen" -m venv $(VENV) && pwd -P >$@
+
+# The simulated NVML is C: a compiler that cannot make a shared library is none.
+$(VENV)/.ready: pyproject.toml $(LOCK)/dev.txt $(LOCK)/ziglang.txt | $(VENV)/.place
+	@echo 'setup: installing what $(LOCK)/dev.txt names'
+	@$(PIP) --require-hashes -r $(LOCK)/dev.txt
+	@if ! printf '#include <stdio.h>\nint probe(void) { return puts(""); }\n' | \
+	    $(CC) -shared -fPIC -x c -o $(VENV)/.probe.so - 2>/dev/null; then \
+	    echo 'setup: no C compiler that works here, installing ziglang'; \
+	    $(PIP) --require-hashes -r $(LOCK)/ziglang.txt; \
+	fi; rm -f $(VENV)/.probe.so
+	@$(PIP) --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+	@touch $@
+
+run: setup ## the whole agent on a simulated node, with a tour that checks itself
+	@$(PY) -m tests.simnode demo $(ARGS)
+
+lint: setup ## style, types and the boundaries between the programs
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check .
+	@$(PY) -m mypy --no-error-summary
+	@$(VENV)/bin/lint-imports --no-logo >$(VENV)/.imports 2>&1 \
+	    || { cat $(VENV)/.imports; exit 1; }
+
+# Exit status 3 of tests.kube.assets: nothing cached, and the tests of the real API are skipped.
+test: lint ## lint and all tests; ARGS goes to pytest
+	@if [ -z "$${KUBEBUILDER_ASSETS:-}" ]; then \
+	    KUBEBUILDER_ASSETS=$$($(PY) -m tests.kube.assets --if-cached) || [ $$? -eq 3 ] || exit 1; \
+	fi; \
+	if [ -n "$$KUBEBUILDER_ASSETS" ]; then export KUBEBUILDER_ASSETS; \
+	else unset KUBEBUILDER_ASSETS; fi; \
+	exec $(PY) -m pytest $(ARGS)
+
+bench: setup ## the figures of the README, measured here
+	@$(PY) -m tests.bench $(ARGS)
+
+kube-assets: setup ## build etcd and kube-apiserver (Go needed, minutes once), print their folder
+	@$(PY) -m tests.kube.assets $(ARGS)
+
+# One resolution for all: the components' locks take the versions of dev.txt. No host name is
+# written into them, so that any package index serves.
+lock: setup ## renew deploy/lock from pyproject.toml; ARGS=--upgrade for newer versions
+	@$(PIP) --target build/uv --upgrade uv==$(UV_VERSION)
+	@compile() { \
+	    out=$$1; shift; \
+	    build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	        --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
+	        --no-annotate --output-file "$(LOCK)/$$out.txt" "$$@"; \
+	}; \
+	compile dev $(ARGS) --extra dev pyproject.toml \
+	&& printf 'ziglang\n' | compile ziglang $(ARGS) - \
+	&& for part in enforcer watcher supervised; do \
+	    compile "$$part" --extra "$$part" --constraints $(LOCK)/dev.txt pyproject.toml || exit 1; \
+	done
+
+clean: ## remove everything that the targets above made in this tree
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
