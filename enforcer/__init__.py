@@ -1,0 +1,1 @@
+"""The privileged side: all of this package runs as root, nothing else does."""

@@ -1,0 +1,308 @@
+"""Every message that crosses the privilege boundary, its bounds, and its one strict decoder.
+
+Requests are claims about pods, never orders about processes: no pid and no path travels towards
+root. msgspec checks types and bounds on decoding only, so both sides decode with these types.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shared.units import MAX_MW
+
+VERSION: Literal[1] = 1
+MAX_MESSAGE_BYTES = 256 * 1024
+MAX_PODS = 1024
+RAW_CHARS = 64
+
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
+Name = Annotated[str, Meta(min_length=1, max_length=253)]
+LimitMw = Annotated[int, Meta(ge=1, le=MAX_MW)]
+Revision = Annotated[int, Meta(ge=0, le=2**53)]
+
+NvmlState = Literal["ok", "absent", "failing"]
+GpuState = Literal["free", "managed", "held", "failed", "lost"]
+PodState = Literal["enforced", "clamped", "conflict", "waiting", "invalid", "failed"]
+WriteReason = Literal["acquire", "adjust", "drift", "release"]
+ErrorCode = Literal["denied", "malformed", "too_many", "unsupported_version", "unknown_type", "stale"]
+
+
+class _Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    v: Literal[1] = VERSION
+
+
+class DesiredPod(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """watcher -> enforcer: one annotated pod; `limit_mw` null means no usable value in `raw`."""
+
+    uid: Id
+    aliases: Annotated[list[Id], Meta(max_length=4)]
+    namespace: Name
+    name: Name
+    limit_mw: LimitMw | None
+    raw: Annotated[str, Meta(max_length=RAW_CHARS)]
+
+
+class Snapshot(_Message, frozen=True, kw_only=True, tag="snapshot"):
+    """watcher -> enforcer: the whole desired state of the node; also its heartbeat."""
+
+    session: Id
+    revision: Revision
+    node: Name
+    pods: list[DesiredPod]
+    others: list[Id]
+
+
+class Status(_Message, frozen=True, kw_only=True, tag="status"):
+    """reader -> enforcer: what holds now, and why?"""
+
+
+class Ping(_Message, frozen=True, kw_only=True, tag="ping"):
+    """reader -> enforcer: do you still turn?"""
+
+
+class Process(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: one process on a GPU; `owner` is a pod uid, `other` or `unknown`."""
+
+    pid: int
+    owner: str
+    evidence: str
+
+
+class Gpu(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: one GPU; values not known are null."""
+
+    index: int | None
+    uuid: str
+    name: str | None
+    limit_mw: int | None
+    enforced_mw: int | None
+    default_mw: int | None
+    min_mw: int | None
+    max_mw: int | None
+    power_mw: int | None
+    managed: bool
+    original_mw: int | None
+    target_mw: int | None
+    pods: list[str]
+    state: GpuState
+    reason: str
+    processes: list[Process]
+    writes: dict[str, int]
+    write_failures: dict[str, int]
+
+
+class Pod(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: one annotated pod, what it asked for and what it has."""
+
+    uid: str
+    namespace: str
+    name: str
+    raw: str
+    requested_mw: int | None
+    effective_mw: int | None
+    gpus: list[str]
+    state: PodState
+    reason: str
+
+
+class Counters(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: totals since the enforcer started."""
+
+    limit_writes: int = 0
+    limit_write_failures: int = 0
+    drifts: int = 0
+    snapshots: int = 0
+    denied: int = 0
+    malformed: int = 0
+    stale: int = 0
+
+
+class EnforcerStatus(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: the enforcer itself and the rules it works by."""
+
+    version: str
+    pid: int
+    uptime_s: float
+    dry_run: bool
+    nvml: NvmlState
+    nvml_message: str
+    driver_version: str | None
+    node: str | None
+    min_mw: int | None
+    max_mw: int | None
+    conflict: str
+    cgroup_roots: list[str]
+    ledger: str
+
+
+class WatcherStatus(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: the watcher as the enforcer sees it."""
+
+    connected: bool
+    session: str | None
+    revision: int | None
+    age_s: float | None
+
+
+class Report(_Message, frozen=True, kw_only=True, tag="report"):
+    """enforcer -> watcher: the answer to a snapshot, after it was acted on."""
+
+    session: str
+    revision: int
+    nvml: NvmlState
+    nvml_message: str
+    gpus: list[Gpu]
+    pods: list[Pod]
+    counters: Counters
+
+
+class StatusReply(_Message, frozen=True, kw_only=True, tag="status_reply"):
+    """enforcer -> reader: the answer to a status."""
+
+    enforcer: EnforcerStatus
+    watcher: WatcherStatus
+    gpus: list[Gpu]
+    pods: list[Pod]
+    counters: Counters
+
+
+class Pong(_Message, frozen=True, kw_only=True, tag="pong"):
+    """enforcer -> reader: the answer to a ping."""
+
+    version: str
+    uptime_s: float
+
+
+class Error(_Message, frozen=True, kw_only=True, tag="error"):
+    """enforcer -> anyone: the request was refused and changed nothing."""
+
+    code: ErrorCode
+    message: str
+
+
+class _Event(_Message, frozen=True, kw_only=True):
+    ts: float
+    message: str
+
+
+class _GpuEvent(_Event, frozen=True, kw_only=True):
+    index: int | None
+    uuid: str
+    pods: list[str]
+    from_mw: int | None
+    to_mw: int | None
+    reason: str
+
+
+class LimitSet(_GpuEvent, frozen=True, kw_only=True, tag="limit_set"):
+    """enforcer -> listeners: a limit was written and read back."""
+
+
+class LimitReleased(_GpuEvent, frozen=True, kw_only=True, tag="limit_released"):
+    """enforcer -> listeners: a GPU was given back."""
+
+
+class LimitFailed(_GpuEvent, frozen=True, kw_only=True, tag="limit_failed"):
+    """enforcer -> listeners: a limit could not be written, or did not hold."""
+
+
+class LimitDrifted(_GpuEvent, frozen=True, kw_only=True, tag="limit_drifted"):
+    """enforcer -> listeners: somebody else had changed a limit; it was written again."""
+
+
+class GpuLost(_GpuEvent, frozen=True, kw_only=True, tag="gpu_lost"):
+    """enforcer -> listeners: a GPU no longer answers or is gone."""
+
+
+class GpuBack(_GpuEvent, frozen=True, kw_only=True, tag="gpu_back"):
+    """enforcer -> listeners: a GPU answers again."""
+
+
+class SnapshotAccepted(_Event, frozen=True, kw_only=True, tag="snapshot_accepted"):
+    """enforcer -> listeners: the desired state changed."""
+
+    session: str
+    revision: int
+    pods: int
+
+
+class MessageDenied(_Event, frozen=True, kw_only=True, tag="message_denied"):
+    """enforcer -> listeners: a message was refused."""
+
+    code: ErrorCode
+    uid: int | None
+
+
+Request = Snapshot | Status | Ping
+Reply = Report | StatusReply | Pong | Error
+Event = (
+    LimitSet
+    | LimitReleased
+    | LimitFailed
+    | LimitDrifted
+    | GpuLost
+    | GpuBack
+    | SnapshotAccepted
+    | MessageDenied
+)
+
+
+class RefusedError(Exception):
+    """A request that cannot be taken; `code` is what the answer carries."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code: ErrorCode = code
+
+
+class _Header(Struct, frozen=True):
+    type: str
+    v: int
+
+
+_REQUEST_TYPES = ("snapshot", "status", "ping")
+_header_decoder = msgspec.msgpack.Decoder(_Header)
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Request | Reply | Event) -> bytes:
+    """Return `message` as one MessagePack payload."""
+    return _encoder.encode(message)
+
+
+def decode_request(payload: bytes) -> Request:
+    """Return the request in `payload`; raises RefusedError naming the code and the reason."""
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise RefusedError("malformed", f"{len(payload)} bytes; at most {MAX_MESSAGE_BYTES}")
+    try:
+        header = _header_decoder.decode(payload)
+        if header.v != VERSION:
+            raise RefusedError("unsupported_version", f"version {header.v}; this side speaks 1")
+        if header.type not in _REQUEST_TYPES:
+            raise RefusedError("unknown_type", f"type {header.type[:32]!r} is no request")
+        request = _request_decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError("malformed", str(error)[:200]) from error
+    if isinstance(request, Snapshot) and len(request.pods) + len(request.others) > MAX_PODS:
+        count = len(request.pods) + len(request.others)
+        raise RefusedError("too_many", f"{count} pods in a snapshot; at most {MAX_PODS}")
+    return request
+
+
+def decode_reply(payload: bytes) -> Reply:
+    """Return the enforcer's answer in `payload`; raises msgspec.DecodeError."""
+    return _reply_decoder.decode(payload)
+
+
+def decode_event(payload: bytes) -> Event:
+    """Return the event in `payload`; raises msgspec.DecodeError."""
+    return _event_decoder.decode(payload)
+
+
+def schema() -> dict[str, Any]:
+    """Return the whole protocol as JSON Schema."""
+    return msgspec.json.schema(Request | Reply | Event)

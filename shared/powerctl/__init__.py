@@ -1,0 +1,1 @@
+"""The debug client: reads the enforcer's sockets, changes nothing."""

@@ -1,0 +1,280 @@
+"""ZeroMQ over ipc: the only file that imports zmq, so that its sharp edges are blunted once.
+
+What is relied on, and why (libzmq 4.3.5):
+- libzmq's own bind unlinks whatever lies at the path and gives the socket the umask's mode.
+  So the listening socket is made here and handed over by ZMQ_USE_FD.
+- ZMQ_IPC_FILTER_UID asks the kernel (SO_PEERCRED) at accept, before a byte is parsed. It is the
+  only measure that acts against endless multipart messages, which ZMQ_MAXMSGSIZE does not bound.
+- Without a ZAP domain a ZMTP 1.0/2.0 client delivers messages that carry no credentials.
+- `Peer-Address` of a received frame is `localhost:<uid>:<gid>:<pid>` as of connect time.
+"""
+
+import contextlib
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+import zmq.utils.monitor
+
+from shared import messages
+
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # RFC 27
+_HANDSHAKE_MS = 500
+_QUEUE = 64  # messages a peer may have waiting, each way
+_TURN = 64  # requests taken in one turn, so that a flood cannot starve the limits
+_BACKLOG = 64
+
+
+class TransportError(Exception):
+    """The socket directory cannot be used, or nobody answers there; the text names the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One request as it came: where the answer goes, who sent it, and the payload."""
+
+    envelope: tuple[bytes, ...]
+    payload: bytes
+    uid: int | None
+    pid: int
+
+
+def control_path(run_dir: Path) -> Path:
+    """Return where requests are answered."""
+    return run_dir / "control.sock"
+
+
+def events_path(run_dir: Path) -> Path:
+    """Return where decisions are published."""
+    return run_dir / "events.sock"
+
+
+def _credentials(address: str) -> tuple[int | None, int]:
+    """Return (uid, pid) of a kernel-made peer address; uid None where there is no proof."""
+    parts = address.rsplit(":", 3)  # from the right: nothing before can shift the fields
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts[1:]):
+        return None, 0
+    return int(parts[1]), int(parts[3])
+
+
+def _prepare_directory(run_dir: Path) -> None:
+    """Make `run_dir` a directory that only its owner may write: an emptyDir comes as 0777."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            os.fchown(held, os.geteuid(), os.getegid())
+            os.fchmod(held, 0o755)
+        finally:
+            os.close(held)
+    except OSError as error:
+        raise TransportError(
+            f"POWER_AGENT_RUN_DIR='{run_dir}': {error.strerror}; "
+            "name a directory that this user owns or may create"
+        ) from error
+
+
+def _listen(path: Path) -> int:
+    """Return a listening socket at `path` that everyone can connect to; the filter decides."""
+    if path.exists() or path.is_symlink():
+        if stat.S_ISDIR(path.lstat().st_mode):
+            raise TransportError(f"{path} is a directory: remove it")
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o666)  # connecting needs write permission (unix(7))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise TransportError(f"cannot listen at {path}: {error.strerror}") from error
+    return listener.detach()
+
+
+class Server:
+    """The enforcer's end: a ROUTER for requests and a PUB for events, for proven uids only."""
+
+    def __init__(self, run_dir: Path, uids: Iterable[int]) -> None:
+        """Listen in `run_dir` for `uids`; raises TransportError."""
+        _prepare_directory(run_dir)
+        self._uids = frozenset(uids)
+        self._context = zmq.Context(io_threads=1)
+        self._zap: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+        self._zap.linger = 0
+        self._zap.bind(_ZAP_ENDPOINT)
+        self._paths = (control_path(run_dir), events_path(run_dir))
+        self._router, router_watch = self._open(zmq.ROUTER, self._paths[0])
+        self._events, events_watch = self._open(zmq.PUB, self._paths[1])
+        self._monitors = (router_watch, events_watch)
+        self._poller = zmq.Poller()
+        for sock in (self._router, self._zap, *self._monitors):
+            self._poller.register(sock, zmq.POLLIN)
+        self.refused = 0  # connections of uids that may not connect
+
+    def _open(self, kind: int, path: Path) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        sock: zmq.Socket[bytes] = self._context.socket(kind)
+        sock.linger = 0
+        sock.maxmsgsize = messages.MAX_MESSAGE_BYTES
+        sock.sndhwm = sock.rcvhwm = _QUEUE
+        sock.handshake_ivl = _HANDSHAKE_MS
+        sock.zap_domain = b"power-agent"
+        for uid in self._uids:
+            sock.setsockopt(zmq.IPC_FILTER_UID, uid)
+        monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPT_FAILED)
+        sock.setsockopt(zmq.USE_FD, _listen(path))
+        sock.bind(f"ipc://{path}")
+        return sock, monitor
+
+    def receive(self, timeout_s: float) -> list[Incoming]:
+        """Wait at most `timeout_s` and return the requests that came, at most a turn's worth."""
+        ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
+        if self._zap in ready:
+            self._answer_zap()
+        for monitor in self._monitors:
+            if monitor in ready:
+                zmq.utils.monitor.recv_monitor_message(monitor, zmq.NOBLOCK)
+                self.refused += 1
+        taken: list[Incoming] = []
+        while self._router in ready and len(taken) < _TURN:
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            taken.append(self._incoming(frames))
+        return taken
+
+    @staticmethod
+    def _incoming(frames: list[zmq.Frame]) -> Incoming:
+        try:
+            uid, pid = _credentials(str(frames[-1].get("Peer-Address")))
+        except zmq.ZMQError:
+            uid, pid = None, 0
+        # A REQ puts an empty frame before its payload, a DEALER need not. Anything longer is
+        # passed on as an empty payload, which no decoder takes.
+        delimited = len(frames) == 3 and len(frames[1].bytes) == 0
+        payload = frames[-1].bytes if len(frames) == 2 or delimited else b""
+        envelope = (frames[0].bytes, b"") if delimited else (frames[0].bytes,)
+        return Incoming(envelope, payload, uid, pid)
+
+    def _answer_zap(self) -> None:
+        """Admit a connection whose kernel-proved uid may connect (RFC 27, NULL mechanism)."""
+        request = self._zap.recv_multipart()
+        version, sequence = request[0], request[1] if len(request) > 1 else b""
+        address = request[3].decode("ascii", "replace") if len(request) > 3 else ""
+        admitted = version == b"1.0" and _credentials(address)[0] in self._uids
+        code, text = (b"200", b"OK") if admitted else (b"400", b"uid not admitted")
+        self.refused += not admitted
+        self._zap.send_multipart([b"1.0", sequence, code, text, b"", b""])
+
+    def reply(self, incoming: Incoming, message: messages.Reply) -> None:
+        """Send the answer; dropped where the client no longer takes it."""
+        with contextlib.suppress(zmq.ZMQError):
+            frames = [*incoming.envelope, messages.encode(message)]
+            self._router.send_multipart(frames, zmq.NOBLOCK)
+
+    def publish(self, event: messages.Event) -> None:
+        """Tell whoever listens; losing one never matters."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._events.send(messages.encode(event), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Stop listening and remove the sockets' names."""
+        self._context.destroy(linger=200)
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+
+class Client:
+    """A DEALER towards the enforcer that knows whether somebody is there.
+
+    One message at most waits and none is kept for an enforcer that is away (IMMEDIATE): after a
+    reconnect only what is sent then arrives, never something stale.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Connect, now or whenever the enforcer is there."""
+        self._context = zmq.Context(io_threads=1)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.sndhwm = 1
+        self._socket.immediate = True
+        self._socket.reconnect_ivl = 50
+        self._socket.handshake_ivl = 2000
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self.connected = False
+        self.connections = 0  # rises with each connection, so that a restart is noticed
+        self._socket.connect(f"ipc://{control_path(run_dir)}")
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` return when `fd` is readable too."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def send(self, request: messages.Request) -> bool:
+        """Send `request`; False where the enforcer is away or does not take it now."""
+        try:
+            self._socket.send(messages.encode(request), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def wait(self, timeout_s: float) -> list[messages.Reply]:
+        """Wait for answers, a change of `connected` or a watched fd; raises msgspec.DecodeError."""
+        ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
+        if self._monitor in ready:
+            event = zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            self.connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.connections += self.connected
+        replies: list[messages.Reply] = []
+        while self._socket in ready:
+            try:
+                replies.append(messages.decode_reply(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                break
+        return replies
+
+    def request(self, request: messages.Request, timeout_s: float) -> messages.Reply:
+        """Ask and return the answer; raises TransportError when none came in time."""
+        deadline = time.monotonic() + timeout_s
+        sent = self.send(request)
+        while (left_s := deadline - time.monotonic()) > 0:
+            replies = self.wait(left_s)
+            if replies:
+                return replies[0]
+            sent = sent or self.send(request)
+        raise TransportError(f"no answer within {timeout_s:g} s")
+
+    def close(self) -> None:
+        """Let go of the socket; nothing is sent after this."""
+        self._context.destroy(linger=0)
+
+
+class Subscriber:
+    """A listener to the enforcer's events."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Connect, now or whenever the enforcer is there."""
+        self._context = zmq.Context(io_threads=1)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        self._socket.linger = 0
+        self._socket.subscribe(b"")
+        self._socket.connect(f"ipc://{events_path(run_dir)}")
+
+    def receive(self, timeout_s: float) -> messages.Event | None:
+        """Return the next event, None when none came in time; raises msgspec.DecodeError."""
+        if not self._socket.poll(round(timeout_s * 1000)):
+            return None
+        return messages.decode_event(self._socket.recv())
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._context.destroy(linger=0)

@@ -1,0 +1,33 @@
+"""Watts as people write them, milliwatts as the program counts them."""
+
+import re
+
+MILLIWATTS_PER_WATT = 1000
+MAX_MW = 100_000 * MILLIWATTS_PER_WATT
+
+# ASCII digits with at most three decimals. `\d` would also take digits of other scripts.
+_WATTS = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
+
+
+def parse_watts(text: str) -> int:
+    """Return the milliwatts that `text` (decimal watts such as `350` or `48.75`) means.
+
+    Surrounding blanks are ignored; raises ValueError for anything else, zero and values over
+    100000 W included. Nothing is rounded: three decimals of a watt are whole milliwatts.
+    """
+    match = _WATTS.fullmatch(text.strip(" \t"))
+    if match is None:
+        raise ValueError("not decimal watts such as 350 or 350.5")
+    whole, fraction = match.group(1), match.group(2) or ""
+    limit_mw = int(whole) * MILLIWATTS_PER_WATT + int(fraction.ljust(3, "0"))
+    if not 0 < limit_mw <= MAX_MW:
+        raise ValueError("not above 0 and at most 100000 watts")
+    return limit_mw
+
+
+def format_watts(limit_mw: int | None) -> str:
+    """Return `limit_mw` as the shortest exact text in watts, `-` where it is not known."""
+    if limit_mw is None:
+        return "-"
+    whole, fraction = divmod(limit_mw, MILLIWATTS_PER_WATT)
+    return str(whole) if fraction == 0 else f"{whole}.{fraction:03d}".rstrip("0")
