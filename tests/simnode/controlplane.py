@@ -1,0 +1,340 @@
+"""Runs a real etcd and kube-apiserver on this machine, for as long as a test or a tour needs them.
+
+No scheduler, controller or kubelet runs beside them: pods are created on their node, and their
+phase is what the caller says. The methods about pods are those of the embedded API (kubeapi), so
+that a simulated node works with either.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import ssl
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tests.kube import assets
+from tests.simnode.controlplane_certs import Certificates, make_certificates
+from tests.simnode.controlplane_process import Spawner, folder_that_vanishes, free_ports
+from tests.simnode.controlplane_rest import ApiError, Object, RestClient
+
+READY_TIMEOUT_S = 60.0
+_POLL_S = 0.05
+
+
+class ControlPlaneError(Exception):
+    """A part of the control plane did not start or did not answer."""
+
+
+class ControlPlane:
+    """A cluster without nodes of its own: `with ControlPlane(assets) as kube: ...`."""
+
+    def __init__(self, folder: Path, *, extra_flags: Sequence[str] = ()) -> None:
+        if lacking := assets.missing(folder):
+            raise ControlPlaneError(f"{folder} lacks {', '.join(lacking)}")
+        self._binaries = folder
+        self._extra_flags = tuple(extra_flags)
+        self._undo = contextlib.ExitStack()
+        self._nodes: set[str] = set()
+
+    # ------------------------------------------------------------------ life
+
+    def __enter__(self) -> ControlPlane:
+        with contextlib.ExitStack() as undo:
+            self.folder = folder_that_vanishes(undo)
+            self.certificates = make_certificates(self.folder / "certificates")
+            self._port, *etcd_ports = free_ports(3)
+            spawner = Spawner(undo)
+            self._etcd = spawner.process(
+                etcd_command(self._binaries / "etcd", self.folder / "etcd", etcd_ports),
+                self.folder / "etcd.log",
+            )
+            self._apiserver = spawner.process(
+                apiserver_command(
+                    self._binaries / "kube-apiserver",
+                    self.certificates,
+                    self._port,
+                    etcd_port=etcd_ports[0],
+                )
+                + list(self._extra_flags),
+                self.folder / "kube-apiserver.log",
+            )
+            self._rest = undo.enter_context(self.rest_client())
+            self.admin_kubeconfig = self.write_kubeconfig(self.folder / "admin.kubeconfig")
+            self._etcd.start()
+            self.start_apiserver()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._undo.close()
+
+    def stop_apiserver(self) -> None:
+        """An outage: connections break, the port refuses; etcd keeps what was stored."""
+        self._apiserver.kill()
+        self._rest.close()
+
+    def start_apiserver(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Returns when the server, on the port it always had, is ready for clients."""
+        self._apiserver.start()
+        deadline = time.monotonic() + timeout_s
+        # The first turns green slightly before the second exists.
+        for path in ("/readyz", "/api/v1/namespaces/default"):
+            self._wait_for_200(path, deadline)
+
+    def _wait_for_200(self, path: str, deadline: float) -> None:
+        last = "no answer"
+        while True:
+            with contextlib.suppress(OSError):  # refused, or reset while it starts
+                status, last = self._rest.raw("GET", path)
+                if status == 200:
+                    return
+            for process in (self._etcd, self._apiserver):
+                if not process.alive():
+                    raise ControlPlaneError(f"{process.name} ended:\n{process.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ControlPlaneError(f"{path} was not good in time: {last}\n{self.log_tails()}")
+            time.sleep(_POLL_S)
+
+    def log_tails(self) -> str:
+        """The ends of both logs, for a failed test's report."""
+        return f"{self._etcd.log_tail()}\n{self._apiserver.log_tail()}"
+
+    # ------------------------------------------------------------------ access
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self._port}"
+
+    @property
+    def version(self) -> str:
+        version: str = self._rest.json("GET", "/version")["gitVersion"]
+        return version
+
+    def rest_client(self, token: str | None = None) -> RestClient:
+        """A connection of the cluster's administrator, or of the token's owner."""
+        tls = ssl.create_default_context(cafile=self.certificates.ca)
+        if token is None:
+            tls.load_cert_chain(self.certificates.admin, self.certificates.admin_key)
+        return RestClient(self._port, tls, token)
+
+    def write_kubeconfig(self, path: Path, token: str | None = None) -> Path:
+        """For the cluster's administrator, or for the token's owner; complete in itself."""
+        user: Object
+        if token is None:
+            user = {
+                "client-certificate-data": _base64(self.certificates.admin),
+                "client-key-data": _base64(self.certificates.admin_key),
+            }
+        else:
+            user = {"token": token}
+        cluster = {
+            "server": self.url,
+            "certificate-authority-data": _base64(self.certificates.ca),
+        }
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": "test", "user": user}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        }
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config, indent=2))  # every JSON document is a YAML document
+        return path
+
+    def kubeconfig_for_token(self, token: str, path: Path) -> Path:
+        return self.write_kubeconfig(path, token)
+
+    def service_account_token(self, namespace: str, name: str, *, duration_s: int = 3600) -> str:
+        """A real bound token (TokenRequest) of a service account that exists; 600 s at least."""
+        answer = self._rest.json(
+            "POST",
+            f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token",
+            {"spec": {"expirationSeconds": duration_s}},
+        )
+        token: str = answer["status"]["token"]
+        return token
+
+    def kubectl(
+        self,
+        *arguments: str,
+        check: bool = True,
+        stdin: str | None = None,
+        kubeconfig: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """The real client, as the administrator unless another kubeconfig is given."""
+        done = subprocess.run(
+            [self._binaries / "kubectl", *arguments],
+            env=os.environ
+            | {
+                "KUBECONFIG": str(kubeconfig or self.admin_kubeconfig),
+                "KUBECACHEDIR": str(self.folder / "kubectl-cache"),
+            },
+            input="" if stdin is None else stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            raise ControlPlaneError(
+                f"kubectl {' '.join(arguments)}: exit status {done.returncode}\n{done.stderr}"
+            )
+        return done
+
+    def request_counts(self) -> Counter[tuple[str, str]]:
+        """(verb, resource) -> requests answered since the API server's start, everybody's.
+
+        A WATCH is counted when it ends, whichever way; one that still runs is not in here.
+        """
+        status, text = self._rest.raw("GET", "/metrics", Accept="text/plain")
+        if status != 200:
+            raise ApiError(status, "GET /metrics", text)
+        return parse_request_counts(text)
+
+    # ------------------------------------------------------------------ nodes and pods
+
+    def create_node(self, name: str) -> None:
+        """Idempotent."""
+        if name in self._nodes:
+            return
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+        try:
+            self._rest.json("POST", "/api/v1/nodes", node)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+        self._nodes.add(name)
+
+    def create_pod(
+        self,
+        name: str,
+        *,
+        node: str,
+        namespace: str = "default",
+        annotations: dict[str, str] | None = None,
+        uid: str | None = None,
+        phase: str = "Running",
+        owner: Object | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> Object:
+        """The pod as the server stored it: its uid is there, and only the server can choose it."""
+        if uid is not None:
+            raise ValueError("a real API server chooses the uid itself: read it from the answer")
+        self.create_node(node)
+        pod = pod_manifest(name, node, annotations=annotations, owner=owner, labels=labels)
+        created = self._rest.json("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
+        if phase == "Pending":
+            return created
+        return self.set_phase(namespace, name, phase)
+
+    def set_phase(self, namespace: str, name: str, phase: str) -> Object:
+        return self._rest.patch(f"{_pod(namespace, name)}/status", {"status": {"phase": phase}})
+
+    def annotate(self, namespace: str, name: str, key: str, value: str | None) -> Object:
+        """None takes the annotation away."""
+        return self._rest.patch(_pod(namespace, name), {"metadata": {"annotations": {key: value}}})
+
+    def delete_pod(self, namespace: str, name: str, *, grace: bool = False) -> None:
+        """At once; with grace it only gets a deletionTimestamp, as no kubelet confirms its end."""
+        options: Object = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if not grace:
+            options["gracePeriodSeconds"] = 0
+        self._rest.json("DELETE", _pod(namespace, name), options)
+
+
+# ---------------------------------------------------------------------- pure parts
+
+
+def etcd_command(binary: Path, data: Path, ports: Sequence[int]) -> list[str]:
+    client, peer = (f"http://127.0.0.1:{port}" for port in ports)
+    return [
+        str(binary),
+        "--name=test",
+        f"--data-dir={data}",
+        f"--listen-client-urls={client}",
+        f"--advertise-client-urls={client}",
+        f"--listen-peer-urls={peer}",
+        f"--initial-advertise-peer-urls={peer}",
+        f"--initial-cluster=test={peer}",
+        "--unsafe-no-fsync",  # the data never outlives the process
+        "--log-level=warn",
+    ]
+
+
+def apiserver_command(
+    binary: Path, certificates: Certificates, port: int, *, etcd_port: int
+) -> list[str]:
+    return [
+        str(binary),
+        "--bind-address=127.0.0.1",
+        f"--secure-port={port}",
+        f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+        "--authorization-mode=RBAC",
+        f"--client-ca-file={certificates.ca}",
+        f"--tls-cert-file={certificates.server}",
+        f"--tls-private-key-file={certificates.server_key}",
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--service-account-key-file={certificates.service_account_key}",
+        f"--service-account-signing-key-file={certificates.service_account_key}",
+        "--service-cluster-ip-range=10.0.0.0/24",
+        # The address of the machine is nobody's business, and needs a route that may be missing.
+        "--endpoint-reconciler-type=none",
+        # It would wait for a service account `default` that no controller creates here.
+        "--disable-admission-plugins=ServiceAccount",
+        "--allow-privileged=true",
+    ]
+
+
+def pod_manifest(
+    name: str,
+    node: str,
+    *,
+    annotations: dict[str, str] | None,
+    owner: Object | None,
+    labels: dict[str, str] | None,
+) -> Object:
+    """The least that the server accepts, already bound to its node."""
+    metadata: Object = {
+        "name": name,
+        "annotations": annotations or {},
+        "labels": labels or {},
+        "ownerReferences": [] if owner is None else [owner],
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "spec": {"nodeName": node, "containers": [{"name": "main", "image": "none.invalid/none"}]},
+    }
+
+
+def parse_request_counts(metrics: str) -> Counter[tuple[str, str]]:
+    """Sums `apiserver_request_total` over everything but verb and resource."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for line in re.finditer(r"^apiserver_request_total\{(.*)\} (\S+)$", metrics, re.MULTILINE):
+        labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line[1]))
+        counts[labels["verb"], labels["resource"]] += int(float(line[2]))
+    return counts
+
+
+def _pod(namespace: str, name: str) -> str:
+    return f"/api/v1/namespaces/{namespace}/pods/{name}"
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,84 @@
+"""Speaks JSON with an API server over one connection that is kept alive: a request takes 1-2 ms."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+import threading
+from types import TracebackType
+from typing import Any
+
+MERGE_PATCH = "application/merge-patch+json"
+
+Object = dict[str, Any]
+
+
+class ApiError(Exception):
+    """The API server said no."""
+
+    def __init__(self, status: int, request: str, body: str) -> None:
+        super().__init__(f"{request}: {status} {body[:500]}")
+        self.status = status
+        self.body = body
+
+
+class RestClient:
+    """Usable from several threads, one request at a time."""
+
+    def __init__(self, port: int, tls: ssl.SSLContext, token: str | None = None) -> None:
+        self._connection = http.client.HTTPSConnection("127.0.0.1", port, context=tls, timeout=30)
+        self._headers = {"Accept": "application/json"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> RestClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def json(self, method: str, path: str, body: Object | None = None, **headers: str) -> Object:
+        """The answer of a request that must succeed."""
+        status, text = self.raw(method, path, body, **headers)
+        if status >= 400:
+            raise ApiError(status, f"{method} {path}", text)
+        answer: Object = json.loads(text)
+        return answer
+
+    def patch(self, path: str, body: Object) -> Object:
+        return self.json("PATCH", path, body, **{"Content-Type": MERGE_PATCH})
+
+    def raw(
+        self, method: str, path: str, body: Object | None = None, **headers: str
+    ) -> tuple[int, str]:
+        """Status and text of any answer."""
+        payload = None if body is None else json.dumps(body).encode()
+        merged = self._headers | {"Content-Type": "application/json"} | headers
+        with self._lock:
+            try:
+                return self._exchange(method, path, payload, merged)
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+                # The server ended the idle connection; it never saw this request.
+                self._connection.close()
+                return self._exchange(method, path, payload, merged)
+
+    def _exchange(
+        self, method: str, path: str, payload: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, str]:
+        try:
+            self._connection.request(method, path, payload, headers)
+            with self._connection.getresponse() as response:
+                return response.status, response.read().decode()
+        except (OSError, http.client.HTTPException):
+            self._connection.close()  # half an exchange leaves nothing that can be used again
+            raise
