@@ -1,0 +1,1 @@
+"""The tests of Power Agent, and the simulated node they run on."""

@@ -1,0 +1,1 @@
+"""The simulated node: GPUs, Kubernetes API and workloads that need no hardware and no cluster."""
