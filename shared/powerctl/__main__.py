@@ -1,0 +1,211 @@
+"""powerctl: its arguments, its commands and its exit status."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from shared import __version__, messages
+from shared.powerctl import doctor, live, tables
+from shared.powerctl.ask import UnreachableError, ask
+from shared.powerctl.explain import explain, near
+from shared.settings import run_dir_from_environment
+
+GOOD, NOT_WELL, UNREACHABLE = 0, 1, 3  # 2, wrong use, is argparse's own
+_SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
+_LONGEST_S = 3600.0
+
+
+def main() -> None:
+    """Run one command and exit with its status."""
+    arguments = _arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except UnreachableError as error:
+        sys.stderr.write(tables.escape(f"powerctl: {error}") + "\n")
+        status = UNREACHABLE
+    except KeyboardInterrupt:
+        status = GOOD  # the way that top and events end
+    except BrokenPipeError:
+        # Whoever read has enough; without this the interpreter's own last flush would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = GOOD
+    raise SystemExit(status)
+
+
+def _arguments() -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--socket",
+        metavar="DIR",
+        type=_directory,
+        help="directory of the enforcer's sockets (default: POWER_AGENT_RUN_DIR)",
+    )
+    common.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=2.0,
+        help="how long to wait for an answer (default: 2)",
+    )
+    parser = argparse.ArgumentParser(
+        prog="powerctl",
+        description="Shows what the Power Agent of this node does, and why. Changes nothing.",
+        epilog="exit status: 0 good, 1 not as it should be, 2 wrong use, 3 enforcer not reachable",
+    )
+    parser.add_argument("--version", action="version", version=f"powerctl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, run, purpose in _COMMANDS:
+        command = commands.add_parser(name, parents=[common], help=purpose, description=purpose)
+        command.set_defaults(run=run)
+        if name == "explain":
+            command.add_argument(
+                "subject",
+                metavar="SUBJECT",
+                help="NAMESPACE/NAME or uid of a pod, index or uuid of a GPU",
+            )
+        if name != "top":
+            command.add_argument("--json", action="store_true", help="machine-readable output")
+    arguments = parser.parse_args()
+    if arguments.socket is None:
+        try:
+            arguments.socket = _directory(str(run_dir_from_environment()))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"POWER_AGENT_RUN_DIR: {error}")
+    return arguments
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).absolute()
+    if len(os.fsencode(path / "control.sock")) > _SOCKET_PATH_BYTES or "\0" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r}...: too long, a socket path has at most {_SOCKET_PATH_BYTES} bytes"
+        )
+    return path
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.001 <= seconds <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not between 0.001 and {_LONGEST_S:g} seconds"
+        )
+    return seconds
+
+
+def _paint() -> tables.Paint:
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return tables.coloured if wanted else tables.plain
+
+
+def _print(lines: list[str]) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _print_json(value: object) -> None:
+    # ASCII only: a terminal takes no control character from a name, in no encoding.
+    sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=2) + "\n")
+
+
+def _ask_status(arguments: argparse.Namespace) -> messages.StatusReply:
+    return ask(arguments.socket, messages.Status(), messages.StatusReply, arguments.timeout)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    reply = _ask_status(arguments)
+    if arguments.json:
+        value = msgspec.to_builtins(reply)
+        _print_json({key: value[key] for key in value if key not in ("type", "v")})
+    else:
+        _print(tables.status(reply, _paint()))
+    return NOT_WELL if tables.problems(reply) else GOOD
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    reply = _ask_status(arguments)
+    explanation = explain(reply, arguments.subject)
+    if explanation is None:
+        likely = near(reply, arguments.subject)
+        hint = f"like it: {', '.join(likely)}" if likely else "powerctl status lists what is known"
+        text = f"powerctl: no annotated pod and no GPU is called {arguments.subject!r}; {hint}"
+        sys.stderr.write(tables.escape(text) + "\n")
+        return NOT_WELL
+    if arguments.json:
+        _print_json(explanation)
+    else:
+        _print(explanation.text)
+    return GOOD
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    if not sys.stdout.isatty():
+        sys.stderr.write("powerctl: top needs a terminal; powerctl status prints once\n")
+        return 2
+    live.top(arguments.socket, arguments.timeout, _paint())
+    return GOOD
+
+
+def _events(arguments: argparse.Namespace) -> int:
+    live.events(arguments.socket, arguments.timeout, as_json=arguments.json)
+    return GOOD
+
+
+def _ping(arguments: argparse.Namespace) -> int:
+    began = time.monotonic()
+    pong = ask(arguments.socket, messages.Ping(), messages.Pong, arguments.timeout)
+    took_ms = (time.monotonic() - began) * 1000
+    if arguments.json:
+        _print_json(
+            {
+                "version": pong.version,
+                "uptime_s": pong.uptime_s,
+                "round_trip_ms": round(took_ms, 3),
+            }
+        )
+    else:
+        up = tables.duration(pong.uptime_s)
+        _print([tables.escape(f"power-agent {pong.version} answers in {took_ms:.1f} ms, up {up}")])
+    return GOOD
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    checks, answered = doctor.examine(arguments.socket, arguments.timeout, Path("/proc"))
+    if arguments.json:
+        _print_json({"checks": checks})
+    else:
+        _print(doctor.lines(checks, _paint()))
+    if not answered:
+        return UNREACHABLE
+    return NOT_WELL if any(check.result == "fail" for check in checks) else GOOD
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    _print_json(messages.schema())
+    return GOOD
+
+
+_COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], int], str], ...] = (
+    ("status", _status, "show GPUs and pods; 1 if something is not as it should be"),
+    ("top", _top, "the same, refreshed each second, until Ctrl-C"),
+    ("explain", _explain, "show the whole chain from annotation to hardware for one pod or GPU"),
+    ("events", _events, "follow decisions as they happen, until Ctrl-C"),
+    ("ping", _ping, "ask whether the enforcer answers"),
+    ("doctor", _doctor, "check what this node needs and name the remedies"),
+    ("schema", _schema, "print the protocol as JSON Schema"),
+)
+
+
+if __name__ == "__main__":
+    main()

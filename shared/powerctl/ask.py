@@ -1,0 +1,124 @@
+"""Asking the enforcer, and finding out why there is no answer."""
+
+import errno
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from shared import messages
+from shared.transport import Client, TransportError, control_path
+
+R = TypeVar("R", bound=messages.Reply)
+_PROBE_S = 0.5
+
+
+class UnreachableError(Exception):
+    """The enforcer gives no usable answer; `remedy` is what helps."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+        self.remedy = remedy
+
+
+def ask(run_dir: Path, request: messages.Request, expected: type[R], timeout_s: float) -> R:
+    """Return the answer to `request`; raises UnreachableError.
+
+    Each question has a connection of its own, so that no late answer is taken for a fresh one.
+    """
+    client = Client(run_dir)
+    try:
+        reply = client.request(request, timeout_s)
+    except TransportError as error:
+        raise _why_unanswered(run_dir, timeout_s) from error
+    except msgspec.DecodeError as error:
+        raise _foreign(str(error)) from error
+    finally:
+        client.close()
+    if isinstance(reply, messages.Error):
+        raise _refused(reply)
+    if not isinstance(reply, expected):
+        raise _foreign(f"a {type(reply).__name__}")
+    return reply
+
+
+def listener_pid(run_dir: Path) -> int:
+    """Return the pid of whoever listens, in this process's own view; 0 where it has none."""
+    with _connected(run_dir) as sock:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid
+
+
+def _connected(run_dir: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(_PROBE_S)
+        sock.connect(str(control_path(run_dir)))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
+    path = control_path(run_dir)
+    try:
+        # libzmq greets at once whom it admits and closes on a uid that it does not.
+        with _connected(run_dir) as sock:
+            greeting = sock.recv(1)
+    except ConnectionResetError:
+        greeting = b""
+    except TimeoutError:
+        return UnreachableError(
+            f"no answer at {path} within {timeout_s:g} s",
+            "the enforcer is stopped or overloaded: look at its log, restart it",
+        )
+    except OSError as error:
+        return _no_connection(path, error)
+    if greeting:
+        return UnreachableError(
+            f"{path} is open but gave no answer within {timeout_s:g} s",
+            "the enforcer is busy or hangs: try a longer --timeout, look at its log, restart it",
+        )
+    uid = os.geteuid()
+    return UnreachableError(
+        f"uid {uid} is not admitted at {path}",
+        f"run as root, or add {uid} to the enforcer's POWER_AGENT_READER_UIDS",
+    )
+
+
+def _no_connection(path: Path, error: OSError) -> UnreachableError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return UnreachableError(
+            f"no socket at {path}",
+            "start the enforcer, or name its directory with --socket or POWER_AGENT_RUN_DIR",
+        )
+    if error.errno == errno.ECONNREFUSED:
+        return UnreachableError(f"nobody listens at {path}", "the enforcer has ended: start it")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UnreachableError(
+            f"uid {os.geteuid()} may not open {path}",
+            "run as root, or make the directory and those above it searchable (mode 755)",
+        )
+    return UnreachableError(f"{path}: {error.strerror or error}", "look at the enforcer's log")
+
+
+def _refused(reply: messages.Error) -> UnreachableError:
+    reason = f"the enforcer refused the question ({reply.code}: {reply.message})"
+    if reply.code == "denied":
+        return UnreachableError(
+            reason, f"run as root, or add {os.geteuid()} to POWER_AGENT_READER_UIDS"
+        )
+    return UnreachableError(reason, "use the powerctl of the enforcer's own version")
+
+
+def _foreign(what: str) -> UnreachableError:
+    return UnreachableError(
+        f"the answer is not one this powerctl knows ({what})",
+        "use the powerctl of the enforcer's own version",
+    )

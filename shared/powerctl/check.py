@@ -1,0 +1,26 @@
+"""What one check of the doctor's comes to."""
+
+from typing import Literal
+
+import msgspec
+
+LOG = "look at the enforcer's log"
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing looked at; `remedy` is empty where none is needed."""
+
+    name: str
+    result: Literal["ok", "warn", "fail"] = "ok"
+    seen: str
+    remedy: str = ""
+
+
+def fail(name: str, seen: str, remedy: str) -> Check:
+    """Return what must be mended."""
+    return Check(name=name, result="fail", seen=seen, remedy=remedy)
+
+
+def warn(name: str, seen: str, remedy: str) -> Check:
+    """Return what may be meant so, but deserves a look."""
+    return Check(name=name, result="warn", seen=seen, remedy=remedy)

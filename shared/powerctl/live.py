@@ -1,0 +1,116 @@
+"""The two commands that stay: the table that refreshes itself, and the decisions as they happen."""
+
+import json
+import select
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from shared import messages
+from shared.powerctl import tables
+from shared.powerctl.ask import UnreachableError, ask
+from shared.transport import Subscriber
+
+_REFRESH_S = 1.0
+_SLICE_S = 0.25  # how soon a closed pipe is noticed while nothing happens
+_CHECK_S = 5.0  # a quiet enforcer is asked whether it is still there
+
+# Alternate screen, cursor off, no automatic wrap: the terminal itself cuts what is too wide.
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"
+_LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+
+
+@contextmanager
+def _screen() -> Iterator[None]:
+    sys.stdout.write(_ENTER)
+    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        sys.stdout.write(_LEAVE)
+        sys.stdout.flush()
+
+
+def top(run_dir: Path, timeout_s: float, paint: tables.Paint) -> None:
+    """Show the status, refreshed each second, until interrupted; outlives the enforcer."""
+    with _screen():
+        while True:
+            began = time.monotonic()
+            _draw(_frame(run_dir, timeout_s, paint))
+            time.sleep(max(0.0, _REFRESH_S - (time.monotonic() - began)))
+
+
+def _frame(run_dir: Path, timeout_s: float, paint: tables.Paint) -> list[str]:
+    try:
+        reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s)
+    except UnreachableError as error:
+        return [
+            paint("enforcer not reachable", "fail"),
+            tables.escape(f"  {error.reason}"),
+            tables.escape(f"  {error.remedy}"),
+            "",
+            "asking again each second; Ctrl-C ends",
+        ]
+    return tables.status(reply, paint)
+
+
+def _draw(lines: list[str]) -> None:
+    rows = max(1, shutil.get_terminal_size().lines - 1)
+    if len(lines) > rows:
+        lines = [*lines[: rows - 1], f"... {len(lines) - rows + 1} more lines: powerctl status"]
+    # Each line clears what the last frame left behind it: no flicker.
+    sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\r\n" for line in lines) + "\x1b[J")
+    sys.stdout.flush()
+
+
+def events(run_dir: Path, timeout_s: float, *, as_json: bool) -> None:
+    """Print decisions until interrupted or nobody reads; raises UnreachableError at the start."""
+    subscriber = Subscriber(run_dir)
+    try:
+        ask(run_dir, messages.Ping(), messages.Pong, timeout_s)
+        _follow(subscriber, run_dir, timeout_s, as_json=as_json)
+    finally:
+        subscriber.close()
+
+
+def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json: bool) -> None:
+    closed = select.poll()
+    closed.register(sys.stdout.fileno(), 0)  # POLLERR comes unasked once a pipe has no reader
+    here, check_at = True, time.monotonic() + _CHECK_S
+    while not closed.poll(0):
+        try:
+            event = subscriber.receive(_SLICE_S)
+        except msgspec.DecodeError as error:
+            _note(f"an event that this powerctl does not know: {error}")
+            continue
+        if event is not None:
+            text = json.dumps(msgspec.to_builtins(event)) if as_json else tables.event(event)
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+            check_at = time.monotonic() + _CHECK_S
+        elif time.monotonic() >= check_at:
+            here = _look(run_dir, timeout_s, here=here)
+            check_at = time.monotonic() + _CHECK_S
+
+
+def _look(run_dir: Path, timeout_s: float, *, here: bool) -> bool:
+    """Say once when the enforcer goes and once when it is back: silence would look like calm."""
+    try:
+        ask(run_dir, messages.Ping(), messages.Pong, timeout_s)
+    except UnreachableError as error:
+        if here:
+            _note(f"enforcer not reachable: {error}")
+        return False
+    if not here:
+        _note("enforcer is back")
+    return True
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(tables.escape(f"powerctl: {text}") + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,137 @@
+"""The doctor's checks of what can be seen from here: directory, sockets, pids, cgroups, ledger."""
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared import messages
+from shared.powerctl.check import LOG, Check, fail, warn
+from shared.transport import control_path, events_path
+
+# PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: the first pid namespace's inode.
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+
+
+def directory(run_dir: Path) -> Check:
+    """Check that only root can replace a socket."""
+    name = "socket directory"
+    try:
+        found = run_dir.stat()
+    except OSError as error:
+        return fail(
+            name,
+            f"{run_dir}: {error.strerror}",
+            "start the enforcer, which makes it, or name it with --socket or POWER_AGENT_RUN_DIR",
+        )
+    mode = stat.S_IMODE(found.st_mode)
+    seen = f"{run_dir}, owner uid {found.st_uid}, mode {mode:o}"
+    if not stat.S_ISDIR(found.st_mode):
+        return fail(name, f"{run_dir} is no directory", "name another with POWER_AGENT_RUN_DIR")
+    if mode & 0o022:
+        remedy = f"whoever writes here can pose as the enforcer: chmod 755 {run_dir}"
+        return fail(name, seen, remedy)
+    if found.st_uid != 0:
+        return warn(name, seen, f"on a real node root owns it: chown root {run_dir}")
+    return Check(name=name, seen=seen)
+
+
+def sockets(run_dir: Path) -> Iterator[Check]:
+    """Check that both sockets are there."""
+    for path in (control_path(run_dir), events_path(run_dir)):
+        try:
+            is_socket = stat.S_ISSOCK(path.stat().st_mode)
+        except OSError as error:
+            yield fail(path.name, f"{path}: {error.strerror}", "start the enforcer; then " + LOG)
+            continue
+        if is_socket:
+            yield Check(name=path.name, seen="there")
+        else:
+            yield fail(path.name, f"{path} is no socket", "restart the enforcer, it replaces it")
+
+
+def host_pids(proc: Path, listener: int, enforcer: int) -> Check:
+    """Check that NVML's process lists can name every process of the node.
+
+    `listener` is the enforcer's pid as the kernel tells it here, `enforcer` as it calls itself:
+    where they differ, this program lives in another pid namespace than the enforcer.
+    """
+    name = "host pids"
+    missing = "the enforcer's pod needs `hostPID: true` (a plain container: --pid=host)"
+    namespace, first = _first_process(proc)
+    if listener != enforcer and namespace == _FIRST_PID_NAMESPACE and listener:
+        seen = f"the enforcer is pid {listener} on this host but calls itself {enforcer}"
+        return fail(name, seen, missing)
+    if listener != enforcer:
+        return warn(
+            name,
+            "this is not the enforcer's pid namespace: cannot tell from here",
+            "run powerctl doctor in the enforcer's container",
+        )
+    if enforcer == 1 or "kubepods" in first:
+        seen = f"pid 1 is {'the enforcer itself' if enforcer == 1 else f'in a pod: {first}'}"
+        return fail(name, seen, missing)
+    if namespace == _FIRST_PID_NAMESPACE:
+        return Check(name=name, seen="the enforcer sees the host's pids")
+    return warn(
+        name,
+        f"the enforcer's pid namespace is not the machine's first; its pid 1 is in {first or '?'}",
+        f"right for a node that is itself a container; otherwise {missing}",
+    )
+
+
+def _first_process(proc: Path) -> tuple[str, str]:
+    """Return the pid namespace of this process and the cgroup of its pid 1."""
+    try:
+        namespace = str((proc / "self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    lines_of_first = _read(proc / "1/cgroup").splitlines()
+    kubepods = [line for line in lines_of_first if "kubepods" in line]
+    return namespace, (kubepods or lines_of_first[-1:] or [""])[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="backslashreplace")
+    except OSError:
+        return ""
+
+
+def cgroup_version(proc: Path) -> Check:
+    """Say which hierarchies the kernel shows; all are supported."""
+    hierarchies = [line.split(":", 2) for line in _read(proc / "self/cgroup").splitlines()]
+    unified = any(parts[0] == "0" for parts in hierarchies)
+    legacy = any(parts[0] != "0" for parts in hierarchies)
+    if not unified and not legacy:
+        remedy = "mount proc, or run powerctl on the node"
+        return warn("cgroup version", f"{proc}/self/cgroup cannot be read", remedy)
+    seen = "hybrid (v1 and v2)" if unified and legacy else "v2" if unified else "v1"
+    return Check(name="cgroup version", seen=seen)
+
+
+def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: bool) -> Check:
+    """Check that what must outlive the enforcer is on disk."""
+    name, path = "ledger", Path(reply.enforcer.ledger)
+    if not as_root:
+        return Check(name=name, seen=f"{path}: only root can look")
+    managed = sum(gpu.managed for gpu in reply.gpus)
+    # The enforcer's own root first: outside its container the same path is another file.
+    candidates = [proc / str(listener) / "root" / path.relative_to(path.anchor), path]
+    for candidate in candidates if listener else [path]:
+        try:
+            text = candidate.read_bytes()
+        except OSError:
+            continue
+        try:
+            json.loads(text)
+        except ValueError:
+            return fail(name, f"{path} is no JSON", f"{LOG}: it moves a damaged ledger aside")
+        return Check(name=name, seen=f"{path}, {len(text)} bytes, {managed} GPUs managed")
+    if managed and not reply.enforcer.dry_run:
+        return fail(
+            name,
+            f"{path} cannot be read, and {managed} GPUs are managed",
+            "mount a writable host directory at POWER_AGENT_STATE_DIR; or run doctor there",
+        )
+    return Check(name=name, seen=f"{path}: not there, and no GPU is managed")

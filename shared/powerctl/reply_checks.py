@@ -1,0 +1,146 @@
+"""The doctor's checks of what the enforcer says: pure, from one status reply."""
+
+import re
+from collections.abc import Iterator
+
+from shared import messages
+from shared.powerctl.check import LOG, Check, fail, warn
+from shared.powerctl.tables import duration, gpu_label, watts
+
+_SAMPLES = 5
+
+
+def from_reply(reply: messages.StatusReply) -> list[Check]:
+    """Return the checks that need nothing but the enforcer's answer."""
+    return [
+        nvml(reply.enforcer),
+        permission(reply),
+        watcher_link(reply.watcher),
+        cgroup_driver(reply),
+        *owners(reply),
+        *gpus(reply),
+        dry_run(reply.enforcer),
+        denied(reply.counters),
+    ]
+
+
+def nvml(enforcer: messages.EnforcerStatus) -> Check:
+    """Check that the GPUs can be reached at all."""
+    seen = f"{enforcer.nvml}, driver {enforcer.driver_version or 'unknown'}"
+    if enforcer.nvml_message:
+        seen += f": {enforcer.nvml_message}"
+    if enforcer.nvml == "ok":
+        return Check(name="NVML", seen=seen)
+    if enforcer.nvml == "absent":
+        remedy = "install the driver and give the enforcer libnvidia-ml.so.1 and /dev/nvidiactl"
+        return fail("NVML", seen, remedy + " (runtimeClassName: nvidia, or a driver mount)")
+    remedy = "run nvidia-smi on the node; after a driver upgrade restart the enforcer's container"
+    return fail("NVML", seen, remedy)
+
+
+def permission(reply: messages.StatusReply) -> Check:
+    """Check that NVML lets the enforcer write limits."""
+    refused = sum(
+        count
+        for gpu in reply.gpus
+        for error, count in gpu.write_failures.items()
+        if "permission" in error.lower()
+    )
+    if refused:
+        return fail(
+            "NVML permission",
+            f"{refused} writes were refused for want of permission",
+            "CAP_SYS_ADMIN in the node's first user namespace: securityContext privileged: true "
+            "or capabilities add SYS_ADMIN, and no hostUsers: false",
+        )
+    written = reply.counters.limit_writes
+    return Check(name="NVML permission", seen=f"{written} limits written, none refused")
+
+
+def watcher_link(watcher: messages.WatcherStatus) -> Check:
+    """Check that the wishes of the pods arrive."""
+    heard = "never heard" if watcher.age_s is None else f"heard {duration(watcher.age_s)} ago"
+    if watcher.connected:
+        return Check(name="watcher", seen=f"connected, revision {watcher.revision}, {heard}")
+    return fail(
+        "watcher",
+        f"not connected, {heard}",
+        "look at the watcher's log and /readyz; its uid must be POWER_AGENT_WATCHER_UID and its "
+        "POWER_AGENT_RUN_DIR the enforcer's",
+    )
+
+
+def cgroup_driver(reply: messages.StatusReply) -> Check:
+    """Say which cgroup driver the pods' processes show; two at once hint at a mismatch."""
+    name, roots = "cgroup driver", ", ".join(reply.enforcer.cgroup_roots) or "none"
+    shown = [p.evidence for gpu in reply.gpus for p in gpu.processes if "kubepods" in p.evidence]
+    drivers = {
+        "systemd" if re.search(r"kubepods[^/]*\.slice", line) else "cgroupfs" for line in shown
+    }
+    if len(drivers) > 1:
+        remedy = "give kubelet and container runtime the same cgroup driver"
+        return warn(name, f"systemd and cgroupfs side by side; roots {roots}", remedy)
+    seen = drivers.pop() if drivers else "not seen yet: no pod's process on a GPU"
+    return Check(name=name, seen=f"{seen}; pods are looked for below {roots}")
+
+
+def owners(reply: messages.StatusReply) -> Iterator[Check]:
+    """Show samples of processes that belong to no known pod."""
+    for owner, name in (("unknown", "unknown owners"), ("other", "other owners")):
+        found = [
+            (p.pid, p.evidence) for gpu in reply.gpus for p in gpu.processes if p.owner == owner
+        ]
+        samples = "; ".join(f"pid {pid}: {line or 'no line'}" for pid, line in found[:_SAMPLES])
+        astray = owner == "other" and any("kubepods" in line for _, line in found)
+        if not found:
+            yield Check(name=name, seen="none")
+        elif owner == "unknown":
+            remedy = "their GPUs are held as they are; check that /proc is the host's, and the log"
+            yield warn(name, f"{len(found)} on GPUs: {samples}", remedy)
+        elif astray:
+            roots = ", ".join(reply.enforcer.cgroup_roots) or "none"
+            remedy = (
+                f"if these are pods: POWER_AGENT_CGROUP_ROOT is the parent of kubepods, not {roots}"
+            )
+            yield warn(name, f"{len(found)} on GPUs: {samples}", remedy)
+        else:
+            yield Check(name=name, seen=f"{len(found)} on GPUs, left alone: {samples}")
+
+
+def gpus(reply: messages.StatusReply) -> Iterator[Check]:
+    """Check each GPU's state, and that what was set is what holds."""
+    wrong = [gpu for gpu in reply.gpus if gpu.state in ("held", "failed", "lost")]
+    for gpu in wrong:
+        remedy = "nvidia-smi and dmesg (Xid) on the node" if gpu.state == "lost" else LOG
+        yield fail(f"GPU {gpu_label(gpu)}", f"{gpu.state}: {gpu.reason}", remedy)
+    if not wrong:
+        yield Check(name="GPUs", seen=f"{len(reply.gpus)} known, none failed, lost or held")
+    for gpu in reply.gpus:
+        limit, enforced = gpu.limit_mw, gpu.enforced_mw
+        if limit is not None and enforced is not None and enforced < limit:
+            yield warn(
+                f"GPU {gpu_label(gpu)}",
+                f"limit {watts(limit)}, but {watts(enforced)} is enforced",
+                "a stronger limiter acts (thermal, power supply, out-of-band): nvidia-smi -q -d "
+                "POWER,PERFORMANCE and the BMC's settings",
+            )
+
+
+def dry_run(enforcer: messages.EnforcerStatus) -> Check:
+    """Warn where nothing is written."""
+    if enforcer.dry_run:
+        return warn("dry run", "on: no limit is written", "unset POWER_AGENT_DRY_RUN")
+    return Check(name="dry run", seen="off")
+
+
+def denied(counters: messages.Counters) -> Check:
+    """Warn where somebody was refused."""
+    seen = f"{counters.denied} denied, {counters.malformed} malformed, {counters.stale} stale"
+    if counters.denied or counters.malformed:
+        return warn(
+            "refused messages",
+            seen,
+            "powerctl events and the enforcer's log say whose; a mistaken watcher: check "
+            "POWER_AGENT_WATCHER_UID and that both containers run the same version",
+        )
+    return Check(name="refused messages", seen=seen)
