@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import ssl
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
+TIMEOUT_S = 30.0
 MERGE_PATCH = "application/merge-patch+json"
 
 Object = dict[str, Any]
@@ -27,8 +30,10 @@ class RestClient:
     """Usable from several threads, one request at a time."""
 
     def __init__(self, port: int, tls: ssl.SSLContext, token: str | None = None) -> None:
-        self._connection = http.client.HTTPSConnection("127.0.0.1", port, context=tls, timeout=30)
-        self._headers = {"Accept": "application/json"}
+        self._port = port
+        self._tls = tls
+        self._connection = self._new_connection()
+        self._headers = {"Accept": "application/json", "User-Agent": "power-agent-tests"}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
         self._lock = threading.Lock()
@@ -71,6 +76,22 @@ class RestClient:
                 # The server ended the idle connection; it never saw this request.
                 self._connection.close()
                 return self._exchange(method, path, payload, merged)
+
+    def watch(self, path: str, **headers: str) -> Iterator[Object]:
+        """The events of a watch, on a connection of its own, until the server ends it."""
+        with contextlib.closing(self._new_connection()) as connection:
+            connection.request("GET", path, headers=self._headers | headers)
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    raise ApiError(response.status, f"GET {path}", response.read().decode())
+                for line in response:
+                    event: Object = json.loads(line)
+                    yield event
+
+    def _new_connection(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection(
+            "127.0.0.1", self._port, context=self._tls, timeout=TIMEOUT_S
+        )
 
     def _exchange(
         self, method: str, path: str, payload: bytes | None, headers: dict[str, str]
