@@ -87,8 +87,11 @@ def set_for_ever(handle):
     for number in itertools.cycle(range(500_000)):
         pynvml.nvmlDeviceSetPowerManagementLimit(handle, 200_000 + number)
 
+def failures(name, handle, calls):
+    return sum(raw(name, handle, ctypes.byref(ctypes.c_uint())) != 0 for _ in range(calls))
+
 own = {f.__name__: f for f in (text_of_size, list_of_size, set_v2, null_argument,
-                               drop_sys_admin, become, set_for_ever)}
+                               drop_sys_admin, become, set_for_ever, failures)}
 for line in sys.stdin:
     name, arguments = json.loads(line)
     arguments = [handles[a["handle"]] if isinstance(a, dict) else a for a in arguments]
@@ -130,8 +133,11 @@ class Client:
         self.process.stdin.flush()
 
     def __call__(self, name: str, *arguments: object) -> Any:  # noqa: ANN401 what JSON carries
-        assert self.process.stdout is not None
         self.send(name, *arguments)
+        return self.receive()
+
+    def receive(self) -> Any:  # noqa: ANN401
+        assert self.process.stdout is not None
         answer = json.loads(self.process.stdout.readline())
         if "error" in answer:
             raise NvmlCallError(answer["error"])
@@ -617,6 +623,15 @@ def test_a_fault_happens_as_often_as_ordered(sim: SimGpus, nvml: Client) -> None
     assert sim[0].faults() == []
     nvml(name, device, 500_000)
     assert [record.result for record in sim.sets()] == [GPU_IS_LOST, GPU_IS_LOST, 0]
+
+
+def test_processes_share_one_count(sim: SimGpus, client: Callable[[], Client]) -> None:
+    clients = [client().opened(), client().opened()]
+    sim[0].fault("nvmlDeviceGetPowerUsage", error=UNKNOWN, count=100)
+    for nvml in clients:
+        nvml.send("failures", "nvmlDeviceGetPowerUsage", nvml.device(), 90)
+    assert sum(nvml.receive() for nvml in clients) == 100
+    assert sim[0].faults() == []
 
 
 def test_a_fault_stays_on_its_gpu_and_function(sim: SimGpus, nvml: Client) -> None:
