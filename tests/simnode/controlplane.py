@@ -1,9 +1,4 @@
-"""Runs a real etcd and kube-apiserver on this machine, for as long as a test or a tour needs them.
-
-No scheduler, controller or kubelet runs beside them: pods are created on their node, and their
-phase is what the caller says. The methods about pods are those of the embedded API (kubeapi), so
-that a simulated node works with either.
-"""
+"""Runs a real etcd and kube-apiserver on this machine, for as long as a caller needs them."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import ssl
 import subprocess
 import time
@@ -23,6 +19,7 @@ from types import TracebackType
 
 from tests.kube import assets
 from tests.simnode.controlplane_certs import Certificates, make_certificates
+from tests.simnode.controlplane_objects import Objects
 from tests.simnode.controlplane_process import Spawner, folder_that_vanishes, free_ports
 from tests.simnode.controlplane_rest import ApiError, Object, RestClient
 
@@ -34,16 +31,16 @@ class ControlPlaneError(Exception):
     """A part of the control plane did not start or did not answer."""
 
 
-class ControlPlane:
+class ControlPlane(Objects):
     """A cluster without nodes of its own: `with ControlPlane(assets) as kube: ...`."""
 
     def __init__(self, folder: Path, *, extra_flags: Sequence[str] = ()) -> None:
         if lacking := assets.missing(folder):
             raise ControlPlaneError(f"{folder} lacks {', '.join(lacking)}")
+        super().__init__()
         self._binaries = folder
         self._extra_flags = tuple(extra_flags)
         self._undo = contextlib.ExitStack()
-        self._nodes: set[str] = set()
 
     # ------------------------------------------------------------------ life
 
@@ -51,7 +48,7 @@ class ControlPlane:
         with contextlib.ExitStack() as undo:
             self.folder = folder_that_vanishes(undo)
             self.certificates = make_certificates(self.folder / "certificates")
-            self._port, *etcd_ports = free_ports(3)
+            self.port, *etcd_ports = free_ports(3)
             self._etcd_url = f"http://127.0.0.1:{etcd_ports[0]}"
             spawner = Spawner(undo)
             self._etcd = spawner.process(
@@ -62,7 +59,7 @@ class ControlPlane:
                 apiserver_command(
                     self._binaries / "kube-apiserver",
                     self.certificates,
-                    self._port,
+                    self.port,
                     etcd_url=self._etcd_url,
                 )
                 + list(self._extra_flags),
@@ -95,6 +92,21 @@ class ControlPlane:
         # The first turns green slightly before the second exists.
         for path in ("/readyz", "/api/v1/namespaces/default"):
             self._wait_for_200(path, deadline)
+
+    def go_down(self) -> None:
+        """The embedded API's name for the same."""
+        self.stop_apiserver()
+
+    def come_back(self) -> None:
+        """The embedded API's name for the same."""
+        self.start_apiserver()
+
+    def freeze(self) -> None:
+        """Half-open: connections are accepted, nothing is answered, open watches say nothing."""
+        os.kill(self._apiserver.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self._apiserver.pid, signal.SIGCONT)
 
     def _wait_for_200(self, path: str, deadline: float) -> None:
         last = "no answer"
@@ -137,7 +149,7 @@ class ControlPlane:
 
     @property
     def url(self) -> str:
-        return f"https://127.0.0.1:{self._port}"
+        return f"https://127.0.0.1:{self.port}"
 
     @property
     def version(self) -> str:
@@ -149,18 +161,28 @@ class ControlPlane:
         tls = ssl.create_default_context(cafile=self.certificates.ca)
         if token is None:
             tls.load_cert_chain(self.certificates.admin, self.certificates.admin_key)
-        return RestClient(self._port, tls, token)
+        return RestClient(self.port, tls, token)
 
-    def write_kubeconfig(self, path: Path, token: str | None = None) -> Path:
-        """For the cluster's administrator, or for the token's owner; complete in itself."""
-        user: Object
-        if token is None:
-            user = {
+    def write_kubeconfig(
+        self,
+        path: str | Path,
+        token: str | None = None,
+        *,
+        token_file: str | Path | None = None,
+        user: str = "test",
+    ) -> Path:
+        """For the token's owner, or for the cluster's administrator where no token is given."""
+        path = Path(path)
+        credentials: Object
+        if token_file is not None:
+            credentials = {"tokenFile": str(token_file)}
+        elif token is not None:
+            credentials = {"token": token}
+        else:
+            credentials = {
                 "client-certificate-data": _base64(self.certificates.admin),
                 "client-key-data": _base64(self.certificates.admin_key),
             }
-        else:
-            user = {"token": token}
         cluster = {
             "server": self.url,
             "certificate-authority-data": _base64(self.certificates.ca),
@@ -170,8 +192,8 @@ class ControlPlane:
             "kind": "Config",
             "current-context": "test",
             "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "test", "user": user}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+            "users": [{"name": user, "user": credentials}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
         }
         path.touch(mode=0o600)
         path.write_text(json.dumps(config, indent=2))  # every JSON document is a YAML document
@@ -227,56 +249,6 @@ class ControlPlane:
             raise ApiError(status, "GET /metrics", text)
         return parse_request_counts(text)
 
-    # ------------------------------------------------------------------ nodes and pods
-
-    def create_node(self, name: str) -> None:
-        """Idempotent."""
-        if name in self._nodes:
-            return
-        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
-        try:
-            self._rest.json("POST", "/api/v1/nodes", node)
-        except ApiError as error:
-            if error.status != 409:
-                raise
-        self._nodes.add(name)
-
-    def create_pod(
-        self,
-        name: str,
-        *,
-        node: str,
-        namespace: str = "default",
-        annotations: dict[str, str] | None = None,
-        uid: str | None = None,
-        phase: str = "Running",
-        owner: Object | None = None,
-        labels: dict[str, str] | None = None,
-    ) -> Object:
-        """The pod as the server stored it: its uid is there, and only the server can choose it."""
-        if uid is not None:
-            raise ValueError("a real API server chooses the uid itself: read it from the answer")
-        self.create_node(node)
-        pod = pod_manifest(name, node, annotations=annotations, owner=owner, labels=labels)
-        created = self._rest.json("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
-        if phase == "Pending":
-            return created
-        return self.set_phase(namespace, name, phase)
-
-    def set_phase(self, namespace: str, name: str, phase: str) -> Object:
-        return self._rest.patch(f"{_pod(namespace, name)}/status", {"status": {"phase": phase}})
-
-    def annotate(self, namespace: str, name: str, key: str, value: str | None) -> Object:
-        """None takes the annotation away."""
-        return self._rest.patch(_pod(namespace, name), {"metadata": {"annotations": {key: value}}})
-
-    def delete_pod(self, namespace: str, name: str, *, grace: bool = False) -> None:
-        """At once; with grace it only gets a deletionTimestamp, as no kubelet confirms its end."""
-        options: Object = {"apiVersion": "v1", "kind": "DeleteOptions"}
-        if not grace:
-            options["gracePeriodSeconds"] = 0
-        self._rest.json("DELETE", _pod(namespace, name), options)
-
 
 # ---------------------------------------------------------------------- pure parts
 
@@ -321,29 +293,6 @@ def apiserver_command(
     ]
 
 
-def pod_manifest(
-    name: str,
-    node: str,
-    *,
-    annotations: dict[str, str] | None,
-    owner: Object | None,
-    labels: dict[str, str] | None,
-) -> Object:
-    """The least that the server accepts, already bound to its node."""
-    metadata: Object = {
-        "name": name,
-        "annotations": annotations or {},
-        "labels": labels or {},
-        "ownerReferences": [] if owner is None else [owner],
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": metadata,
-        "spec": {"nodeName": node, "containers": [{"name": "main", "image": "none.invalid/none"}]},
-    }
-
-
 def parse_request_counts(metrics: str) -> Counter[tuple[str, str]]:
     """Sums `apiserver_request_total` over everything but verb and resource."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -351,10 +300,6 @@ def parse_request_counts(metrics: str) -> Counter[tuple[str, str]]:
         labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line[1]))
         counts[labels["verb"], labels["resource"]] += int(float(line[2]))
     return counts
-
-
-def _pod(namespace: str, name: str) -> str:
-    return f"/api/v1/namespaces/{namespace}/pods/{name}"
 
 
 def _base64(path: Path) -> str:
