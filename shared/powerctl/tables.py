@@ -79,7 +79,7 @@ def problems(reply: messages.StatusReply) -> list[str]:
     if reply.enforcer.nvml != "ok":
         found.append(f"NVML is {reply.enforcer.nvml}: {reply.enforcer.nvml_message}")
     if not reply.watcher.connected:
-        found.append(f"watcher is not connected, {_heard(reply.watcher)}")
+        found.append(f"watcher is not connected, last heard: {_heard(reply.watcher)}")
     found += [
         f"GPU {gpu_label(gpu)} is {gpu.state}: {gpu.reason}"
         for gpu in sorted(reply.gpus, key=_gpu_order)
@@ -151,7 +151,7 @@ def _change(
 
 
 def _heard(watcher: messages.WatcherStatus) -> str:
-    return "never heard" if watcher.age_s is None else f"heard {duration(watcher.age_s)} ago"
+    return "never" if watcher.age_s is None else f"{duration(watcher.age_s)} ago"
 
 
 def _header(reply: messages.StatusReply) -> list[str]:

@@ -1,0 +1,59 @@
+"""The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run."""
+
+import os
+import sys
+
+from enforcer import procfs
+from enforcer.agent import Agent
+from enforcer.ledger import Ledger, LedgerError
+from shared import __version__, settings
+from shared.logs import Log
+from shared.signals import StopSignal
+from shared.transport import Server, TransportError
+
+_NAME = "power-agent-enforcer"
+_PURPOSE = "Sets the power limits of this node's GPUs as the watcher asks, and gives them back."
+_LOCK_RETRY_S = 0.5
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; returns the exit status."""
+    config = settings.from_command_line(_NAME, _PURPOSE, settings.EnforcerSettings)
+    log = Log("enforcer", config.log_level, config.log_format)
+    stop = StopSignal()
+    try:
+        in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
+        roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, in_kubernetes)
+        ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
+        if not _sole_owner(ledger, log, stop):
+            return 0
+        for said in ledger.load():
+            log.warning("ledger", why=said)
+        server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids})
+    except (LedgerError, TransportError, procfs.BlindError) as error:
+        settings.exit_usage(_NAME, str(error))
+    server.watch(stop.fileno())
+    agent = Agent(config, log, server, procfs.ProcessReader(config.proc_root, roots), ledger)
+    log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
+    while not stop.requested:
+        agent.turn()
+    agent.stop()
+    server.close()
+    log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
+    return 0
+
+
+def _sole_owner(ledger: Ledger, log: Log, stop: StopSignal) -> bool:
+    """Wait until no other enforcer owns this node; False if told to stop meanwhile."""
+    said = False
+    while not ledger.try_lock():
+        if not said:
+            said = True
+            log.warning("waiting", why=f"another enforcer on this node holds {ledger.path.parent}")
+        if stop.wait(_LOCK_RETRY_S):
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

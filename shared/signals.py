@@ -1,0 +1,32 @@
+"""SIGTERM and SIGINT as a socket that becomes readable, so that a loop ends between two steps."""
+
+import select
+import signal
+import socket
+from types import FrameType
+
+
+class StopSignal:
+    """Made once in the main thread; from then on both signals only set it."""
+
+    def __init__(self) -> None:
+        self._end, self._wake = socket.socketpair()
+        self._end.setblocking(False)
+        self._wake.setblocking(False)
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested = True
+            self._wake.send(b".")
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+        return self._end.fileno()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s`; tells whether a stop was requested."""
+        select.select([self._end], [], [], timeout_s)
+        return self.requested
