@@ -241,8 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminated)
         try:
             folder = obtain(names)
-        except (AssetsError, OSError) as error:
+        except AssetsError as error:
             _say(str(error))
+            return EXIT_FAILED
+        except OSError as error:
+            _say(f"{error}; POWER_AGENT_KUBE_ASSETS_CACHE may name another folder to keep them in")
             return EXIT_FAILED
     print(folder)
     return 0

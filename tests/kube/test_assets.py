@@ -159,6 +159,16 @@ def test_without_go_one_line_names_the_remedy(world: World) -> None:
     assert "no go command found; install Go 1.26, or set KUBEBUILDER_ASSETS" in err
 
 
+def test_a_cache_that_cannot_be_written_is_named(world: World, tmp_path: Path) -> None:
+    world.install_go()
+    (tmp_path / "file").touch()
+    world.environment["POWER_AGENT_KUBE_ASSETS_CACHE"] = str(tmp_path / "file")
+    status, out, err = world.run()
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "POWER_AGENT_KUBE_ASSETS_CACHE" in err
+
+
 def test_a_failed_build_names_the_reason_and_keeps_what_was_finished(world: World) -> None:
     world.install_go()
     world.environment["FAKE_GO_BUILD"] = f'[ "${{out##*/}}" = etcd ] || {{ {FAIL}; }}; {BUILD}'
