@@ -26,14 +26,22 @@ setup: ## make .venv with everything in it (needs Python 3.11 to 3.13)
 	    && $(PY) -c '' 2>/dev/null; }; then rm -rf $(VENV); fi
 	@$(MAKE) --no-print-directory -s $(VENV)/.ready >&2
 
+#
+# The watcher runs as another user where root starts it. So a Python that other users can reach
+# comes before one that lies in root's home (the first of them serves where there is no other).
+REACHABLE := import os, sys; os.getuid() or os.setgid(65532) or os.setuid(65532); \
+    os.listdir(os.path.dirname(os.__file__)); os.stat(os.path.realpath(sys.executable))
 $(VENV)/.place:
 	@echo 'setup: making $(VENV)'
 	@chosen=; reason='no Python 3.11, 3.12 or 3.13 found'; \
-	for python in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	for python in $(PYTHON) python3.13 python3.12 python3.11 python3 \
+	        /usr/local/bin/python3 /usr/bin/python3; do \
 	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	        2>/dev/null || continue; \
-	    if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then chosen=$$python; break; fi; \
-	    reason="$$python has no venv or ensurepip module"; \
+	    "$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
+	        reason="$$python has no venv or ensurepip module"; continue; }; \
+	    [ -n "$$chosen" ] || chosen=$$python; \
+	    if "$$python" -c '$(REACHABLE)' 2>/dev/null; then chosen=$$python; break; fi; \
 	done; \
 	if [ -z "$$chosen" ]; then \
 	    echo "setup: $$reason; on Debian or Ubuntu: apt-get install python3 python3-venv," \

@@ -1,0 +1,125 @@
+"""Supervisord's event listener: kills an enforcer that hangs, ends what is beyond saving.
+
+An enforcer hangs when it left several pings in a row unanswered. SIGKILL is what it gets: a
+process that no longer turns handles no other signal, and limits and ledger outlive it.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from shared import messages
+from shared.logs import Log
+from shared.settings import CommonSettings, SettingsError, parse_settings
+from shared.transport import Client, TransportError
+
+PING_TIMEOUT_S = 2.0
+UNANSWERED = 3  # pings in a row, one every five seconds (TICK_5)
+PROC = Path("/proc")
+
+
+def fields(line: bytes) -> dict[str, str]:
+    """Parse `key:value key:value`, the form of supervisord's headers and payloads."""
+    pairs = (word.partition(":") for word in line.decode("utf-8", "replace").split())
+    return {key: value for key, _, value in pairs}
+
+
+def children_named(program: str, parent: int) -> list[int]:
+    """Return the children of `parent` whose last argument is `program`."""
+    found = []
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            status = (entry / "stat").read_bytes().rpartition(b")")[2].split()
+            arguments = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        except OSError:
+            continue  # ended meanwhile
+        if int(status[1]) == parent and arguments[-1] == program.encode():
+            found.append(int(entry.name))
+    return found
+
+
+class Watchdog:
+    """Hears what supervisord tells, and acts."""
+
+    def __init__(self, client: Client, log: Log) -> None:
+        self._client = client
+        self._log = log
+        self._supervisor = os.getppid()
+        self._unanswered = 0
+        # Nothing was heard yet: after a restart of this listener the enforcer is in full swing.
+        self._running = True
+
+    def hear(self, event: str, payload: dict[str, str]) -> None:
+        """Act on one event."""
+        if event == "TICK_5":
+            self._tick()
+        elif event == "PROCESS_STATE_FATAL":
+            self._log.error("beyond_saving", program=payload.get("processname"))
+            os.kill(self._supervisor, signal.SIGTERM)
+        elif payload.get("processname") == "enforcer":
+            # STARTING, BACKOFF and above all STOPPING, while it gives every GPU back.
+            self._running = event == "PROCESS_STATE_RUNNING"
+            self._unanswered = 0
+
+    def _tick(self) -> None:
+        if not self._running or self._answers():
+            self._unanswered = 0
+            return
+        self._unanswered += 1
+        if self._unanswered < UNANSWERED:
+            return
+        self._unanswered = 0
+        for pid in children_named("enforcer", self._supervisor):
+            self._log.error("enforcer_hangs", pid=pid, unanswered=UNANSWERED)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _answers(self) -> bool:
+        """Ping; any answer shows that the enforcer turns, a refusal too."""
+        try:
+            self._client.request(messages.Ping(), PING_TIMEOUT_S)
+        except (TransportError, msgspec.DecodeError):
+            return False
+        return True
+
+
+def settings() -> CommonSettings:
+    """Return the settings, or the defaults: a wrong one is for the programs to complain about."""
+    try:
+        return parse_settings(CommonSettings, os.environ)
+    except SettingsError:
+        return parse_settings(CommonSettings, {})
+
+
+def listen(watchdog: Watchdog, events: BinaryIO, answers: BinaryIO) -> None:
+    """Speak supervisord's event listener protocol until it hangs up."""
+    while True:
+        answers.write(b"READY\n")
+        answers.flush()
+        header = fields(events.readline())
+        if "len" not in header:
+            return
+        payload = fields(events.read(int(header["len"])))
+        watchdog.hear(header["eventname"], payload)
+        answers.write(b"RESULT 2\nOK")
+        answers.flush()
+
+
+def main() -> None:
+    """Take standard output for the protocol, log to standard error, listen."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    chosen = settings()
+    log = Log("watchdog", chosen.log_level, chosen.log_format)
+    listen(Watchdog(Client(chosen.run_dir), log), sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

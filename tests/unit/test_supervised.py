@@ -1,0 +1,335 @@
+"""supervisord.conf and its helpers, under the real supervisord, with two stand-in programs.
+
+The stand-ins take the place of the programs' interpreters, as the image's per-program virtual
+environments do, so that nothing in supervisord.conf is changed but the number of retries.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+AS_ROOT = os.geteuid() == 0
+WATCHER_UID = 12345  # without a passwd entry on purpose
+
+# Says who and what it is; the enforcer also answers pings as the real one does.
+STAND_IN = """\
+#!{python}
+import json, os, pathlib, signal, sys
+program = sys.argv[-1]
+def leave(*_):
+    print(json.dumps({{"component": program, "event": "stopped"}}), flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+if (pathlib.Path({home!r}) / (program + ".broken")).exists():
+    sys.exit(program + ": broken")
+status = pathlib.Path("/proc/self/status").read_text()
+print(json.dumps({{"component": program, "event": "started", "pid": os.getpid(),
+    "uid": os.getuid(), "groups": os.getgroups(), "env": dict(os.environ),
+    "no_new_privs": "NoNewPrivs:\\t1" in status, "args": sys.argv[1:]}}), flush=True)
+if program == "watcher":
+    while True:
+        signal.pause()
+from shared import messages
+from shared.transport import Server
+server = Server(pathlib.Path(os.environ["POWER_AGENT_RUN_DIR"]), [os.getuid()])
+while True:
+    for request in server.receive(1):
+        server.reply(request, messages.Pong(version="stand-in", uptime_s=1.0))
+"""
+
+
+def eventually(condition: Callable[[], object], timeout_s: float) -> None:
+    """Wait until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Say whether a process has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].startswith(b"Z")
+    except FileNotFoundError:
+        return True
+
+
+class Supervised:
+    """A running supervisord and what it wrote so far."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.out = home / "out"
+        self.err = home / "err"
+        supervisord = str(Path(sys.executable).with_name("supervisord"))
+        arguments = [supervisord, "-c", str(home / "supervisord.conf")]
+        if not AS_ROOT:
+            arguments += ["-u", str(os.getuid())]
+        environment = {
+            "PATH": os.environ["PATH"],
+            "POWER_AGENT_RUN_DIR": str(home / "run"),
+            "POWER_AGENT_WATCHER_UID": str(WATCHER_UID),
+            "LD_LIBRARY_PATH": "/nonexistent",
+            "NVML_TUNING": "1",
+            "NODE_NAME": "node-a",
+            "KUBERNETES_SERVICE_HOST": "192.0.2.1",
+            "HTTPS_PROXY": "proxy.invalid",
+            "SOME_PASSWORD": "s3cret",
+        }
+        with self.out.open("ab") as out, self.err.open("ab") as err:
+            self.process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
+            )
+
+    def said(self, component: str, event: str) -> list[dict[str, object]]:
+        """Return the log lines of this event so far."""
+        lines = [json.loads(line) for line in self.out.read_text().splitlines()]
+        return [line for line in lines if (line["component"], line["event"]) == (component, event)]
+
+    def pids(self, program: str) -> list[int]:
+        """Return the pids under which a program has started so far."""
+        return [int(str(line["pid"])) for line in self.said(program, "started")]
+
+    def wait_for_starts(self, program: str, count: int, timeout_s: float = 15) -> int:
+        """Wait until a program has started so often; return its latest pid."""
+        eventually(lambda: len(self.pids(program)) >= count, timeout_s)
+        return self.pids(program)[-1]
+
+
+def reachable_python() -> str:
+    """Return an interpreter that the watcher's user can start; this one may lie in a home."""
+    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        try:
+            ids: dict[str, Any] = (
+                {"user": WATCHER_UID, "group": WATCHER_UID, "extra_groups": []} if AS_ROOT else {}
+            )
+            if not subprocess.run([python, "-c", ""], check=False, **ids).returncode:
+                return python
+        except OSError:
+            continue
+    pytest.skip("no Python that another user may run")
+
+
+def make_home(folder: Path) -> Path:
+    """Lay out a folder as the image does: conf, helpers, one interpreter per program."""
+    home = folder / "agent home"  # paths with a space work
+    shutil.copytree(ROOT / "deploy/supervised", home / "deploy/supervised")
+    shutil.copy(ROOT / "supervisord.conf", home)
+    for program, python in (("enforcer", sys.executable), ("watcher", reachable_python())):
+        stand_in = home / program / "bin/python"
+        stand_in.parent.mkdir(parents=True)
+        stand_in.write_text(STAND_IN.format(python=python, home=str(home)))
+        stand_in.chmod(0o755)
+    return home
+
+
+@contextmanager
+def running(home: Path) -> Iterator[Supervised]:
+    """Start supervisord and leave nothing behind."""
+    supervised = Supervised(home)
+    try:
+        yield supervised
+    finally:
+        supervised.process.terminate()
+        try:
+            supervised.process.wait(30)
+        except subprocess.TimeoutExpired:
+            supervised.process.kill()
+            supervised.process.wait()
+            raise
+        finally:
+            print(supervised.out.read_text(), supervised.err.read_text(), sep="\n")
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Return a folder laid out as in the image, which the watcher's user can enter."""
+    with tempfile.TemporaryDirectory(prefix="power-agent-") as folder:
+        Path(folder).chmod(0o755)
+        yield make_home(Path(folder))
+
+
+def test_each_program_has_its_user_and_only_its_environment(home: Path) -> None:
+    """The watcher gives up root, the enforcer never sees the way to the API."""
+    with running(home) as supervised:
+        supervised.wait_for_starts("enforcer", 1)
+        supervised.wait_for_starts("watcher", 1)
+        enforcer = supervised.said("enforcer", "started")[0]
+        watcher = supervised.said("watcher", "started")[0]
+    assert enforcer["args"] == ["-I", "-m", "enforcer"]
+    assert watcher["args"] == ["-I", "-m", "watcher"]
+    assert enforcer["uid"] == os.geteuid()
+    if AS_ROOT:
+        assert (watcher["uid"], watcher["groups"], watcher["no_new_privs"]) == (
+            WATCHER_UID,
+            [],
+            True,
+        )
+    seen_by_enforcer = enforcer["env"]
+    seen_by_watcher = watcher["env"]
+    assert isinstance(seen_by_enforcer, dict)
+    assert isinstance(seen_by_watcher, dict)
+    assert {"POWER_AGENT_RUN_DIR", "LD_LIBRARY_PATH", "NVML_TUNING"} <= set(seen_by_enforcer)
+    assert not {"KUBERNETES_SERVICE_HOST", "HTTPS_PROXY"} & set(seen_by_enforcer)
+    assert {"NODE_NAME", "KUBERNETES_SERVICE_HOST", "HTTPS_PROXY"} <= set(seen_by_watcher)
+    assert not {"LD_LIBRARY_PATH", "SOME_PASSWORD"} & set(seen_by_watcher)
+    for seen in (seen_by_enforcer, seen_by_watcher):
+        assert not [key for key in seen if key.startswith(("SUPERVISOR_", "PYTHON"))]
+
+
+@pytest.mark.parametrize("program", ["enforcer", "watcher"])
+def test_a_killed_program_comes_back(home: Path, program: str) -> None:
+    """More often than supervisord's default would, and the other one is left alone."""
+    other = {"enforcer": "watcher", "watcher": "enforcer"}[program]
+    with running(home) as supervised:
+        unharmed = supervised.wait_for_starts(other, 1)
+        for starts in range(1, 4):
+            os.kill(supervised.wait_for_starts(program, starts), signal.SIGKILL)
+        assert not gone(supervised.wait_for_starts(program, 4))
+        assert supervised.pids(other) == [unharmed]
+
+
+def test_a_clean_exit_nobody_asked_for_is_mended_too(home: Path) -> None:
+    """A stray SIGTERM ends a program with status 0; it is started again all the same."""
+    with running(home) as supervised:
+        eventually(lambda: "watcher entered RUNNING" in supervised.err.read_text(), 15)
+        os.kill(supervised.wait_for_starts("watcher", 1), signal.SIGTERM)
+        supervised.wait_for_starts("watcher", 2)
+
+
+def test_a_program_that_fails_at_start_is_tried_again(home: Path) -> None:
+    """Five failures in a row, where supervisord's default stops for ever after four."""
+    (home / "watcher.broken").touch()
+    with running(home) as supervised:
+        eventually(lambda: supervised.err.read_text().count("watcher: broken") >= 5, 30)
+        (home / "watcher.broken").unlink()
+        supervised.wait_for_starts("watcher", 1, 30)
+
+
+def test_an_enforcer_that_hangs_is_restarted(home: Path) -> None:
+    """It lives and is stopped: only the unanswered pings tell."""
+    with running(home) as supervised:
+        supervised.wait_for_starts("watcher", 1)
+        eventually(lambda: "enforcer entered RUNNING" in supervised.err.read_text(), 15)
+        hung = supervised.wait_for_starts("enforcer", 1)
+        os.kill(hung, signal.SIGSTOP)
+        supervised.wait_for_starts("enforcer", 2, 30)
+        assert gone(hung)
+        assert [line["pid"] for line in supervised.said("watchdog", "enforcer_hangs")] == [hung]
+        assert len(supervised.pids("watcher")) == 1
+
+
+def test_a_program_beyond_saving_ends_supervisord(home: Path) -> None:
+    """Whoever runs the container sees it end, and the other program has stopped cleanly."""
+    conf = home / "supervisord.conf"
+    conf.write_text(conf.read_text().replace("startretries=100\n", "startretries=2\n"))
+    (home / "enforcer.broken").touch()
+    with running(home) as supervised:
+        watcher = supervised.wait_for_starts("watcher", 1)
+        supervised.process.wait(30)
+        assert [line["program"] for line in supervised.said("watchdog", "beyond_saving")] == [
+            "enforcer"
+        ]
+        assert supervised.said("watcher", "stopped")
+        assert gone(watcher)
+
+
+def test_sigterm_stops_both_and_leaves_nothing(home: Path) -> None:
+    """The watcher first: the enforcer gives everything back when nobody asks for more."""
+    with running(home) as supervised:
+        pids = [supervised.wait_for_starts(name, 1) for name in ("enforcer", "watcher")]
+        supervised.process.send_signal(signal.SIGTERM)
+        assert supervised.process.wait(25) == 0
+        assert all(gone(pid) for pid in pids)
+        stopped = [
+            json.loads(line)["component"]
+            for line in supervised.out.read_text().splitlines()
+            if '"stopped"' in line
+        ]
+        assert stopped == ["watcher", "enforcer"]
+
+
+def test_a_killed_supervisord_takes_both_along(home: Path) -> None:
+    """Two programs that nobody minds would keep a second agent from taking over."""
+    with running(home) as supervised:
+        pids = [supervised.wait_for_starts(name, 1) for name in ("enforcer", "watcher")]
+        supervised.process.kill()
+        supervised.process.wait()
+        eventually(lambda: all(gone(pid) for pid in pids), 10)
+
+
+def test_stopping_fits_the_grace_period_of_a_pod() -> None:
+    """Groups stop one after the other, so what counts is the sum."""
+    lines = (ROOT / "supervisord.conf").read_text().splitlines()
+    waits = [int(line.partition("=")[2]) for line in lines if line.startswith("stopwaitsecs=")]
+    assert len(waits) == 3
+    assert sum(waits) < 30
+
+
+def helper(name: str) -> ModuleType:
+    """Import a helper that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"deploy/supervised/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_enforcer_that_is_stopping_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives every GPU back and may not answer meanwhile."""
+    module = helper("watchdog")
+    killed: list[int] = []
+    monkeypatch.setattr(module, "children_named", lambda *_: [4711])
+    monkeypatch.setattr(module.os, "kill", lambda pid, _: killed.append(pid))
+
+    class Silent:
+        def request(self, *_: object) -> None:
+            raise module.TransportError("no answer")
+
+    class Quiet:
+        def error(self, *_: object, **__: object) -> None:
+            pass
+
+    watchdog = module.Watchdog(Silent(), Quiet())
+    enforcer = {"processname": "enforcer"}
+    for _ in range(2):
+        watchdog.hear("TICK_5", {})
+    watchdog.hear("PROCESS_STATE_STOPPING", enforcer)
+    for _ in range(5):
+        watchdog.hear("TICK_5", {})
+    assert killed == []
+    watchdog.hear("PROCESS_STATE_RUNNING", enforcer)
+    for _ in range(3):
+        watchdog.hear("TICK_5", {})
+    assert killed == [4711]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not AS_ROOT, reason="needs root")
+@pytest.mark.parametrize("uid", ["0", "nobody", "-1", "4294967295", "٣"])
+def test_a_watcher_uid_that_is_no_plain_user_is_refused(uid: str) -> None:
+    """Never root by accident."""
+    done = subprocess.run(
+        [sys.executable, "-I", ROOT / "deploy/supervised/launch.py", "watcher"],
+        env={"POWER_AGENT_WATCHER_UID": uid},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "POWER_AGENT_WATCHER_UID" in done.stderr
