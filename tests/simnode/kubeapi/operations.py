@@ -18,7 +18,7 @@ from .errors import (
     not_found,
     success,
 )
-from .patch import apply_patch
+from .patch import apply_patch, check_type
 from .resources import RESOURCES, Resource
 from .store import Key, Store
 
@@ -89,6 +89,8 @@ class Operations:
         *,
         dry_run: bool = False,
     ) -> Json:
+        check_type(content_type)
+
         def patched(old: Json) -> Json:
             return apply_patch(content_type, old, patch)
 

@@ -32,14 +32,20 @@ _MERGE_KEYS = {
 _MERGED_SETS = {"finalizers", "podCIDRs"}
 
 
+def check_type(content_type: str) -> None:
+    """Refuse what is none of the three.
+
+    Server-side apply (application/apply-patch+yaml) ends here: 415 is how a server without it
+    answers, and kubectl turns it into "Server-side apply not available".
+    """
+    if content_type not in (JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH):
+        raise unsupported_media_type(", ".join([JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH]))
+
+
 def apply_patch(content_type: str, current: Json, patch: Any) -> Json:  # noqa: ANN401 (JSON)
     """The object after the patch; `current` is left as it is."""
     if content_type == JSON_PATCH:
         return _json_patch(current, patch)
-    if content_type not in {MERGE_PATCH, STRATEGIC_PATCH}:
-        # Server-side apply (application/apply-patch+yaml) lands here: 415 is how a server without
-        # it answers, and kubectl turns it into "Server-side apply not available".
-        raise unsupported_media_type(", ".join([JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH]))
     if not isinstance(patch, dict):
         raise bad_request("the patch must be a JSON object")
     merge = _merge if content_type == MERGE_PATCH else _strategic_merge
