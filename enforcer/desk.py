@@ -4,130 +4,106 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from enforcer.policy import Desired, Link
+from enforcer.policy import Desired
 from shared import __version__
 from shared import messages as m
 from shared.logs import Log
 from shared.settings import EnforcerSettings
 from shared.transport import Incoming, Server
 
-LIVING_S = 10.0  # a watcher that sends its snapshot every two seconds is silent after this
-_RETIRED = 64  # sessions that another one has replaced
+_LIVING_S = 10.0  # a watcher repeats its snapshot every two seconds; silent beyond this
+_RETIRED = 64  # sessions remembered as replaced
 
 
 class Desk:
-    """The requests of one turn and the state that they bring: the last complete snapshot."""
+    """Takes the requests of each turn; holds the last complete snapshot and who still waits."""
 
     def __init__(self, server: Server, settings: EnforcerSettings, log: Log) -> None:
         self._server, self._log, self._lease_s = server, log, settings.lease_s
         watcher = frozenset({settings.watcher_uid})
+        readers = watcher | settings.reader_uids
         # message type -> who may send it, what is done. What is not here is refused.
         self._table: dict[type, tuple[frozenset[int], Callable[[Incoming, m.Request], None]]] = {
             m.Snapshot: (watcher, self._take_snapshot),
-            m.Status: (watcher | settings.reader_uids, self._take_question),
-            m.Ping: (watcher | settings.reader_uids, self._answer_ping),
+            m.Status: (readers, self._take_status),
+            m.Ping: (readers, self._answer_ping),
         }
-        self._started_s = time.monotonic()
-        self._heard_s: float | None = None
+        self.started_s = time.monotonic()
+        self._heard_s = self.started_s
         self._retired: deque[str] = deque(maxlen=_RETIRED)
         self._desired = Desired()
         self.snapshot: m.Snapshot | None = None
         self.changed = False  # the snapshot differs from the one last decided on
-        self.due: list[tuple[Incoming, m.Snapshot | m.Status]] = []
+        self.due: list[tuple[Incoming, m.Request]] = []
         self.counts: Counter[str] = Counter()
 
-    @property
-    def uptime_s(self) -> float:
-        """Return the seconds since start."""
-        return time.monotonic() - self._started_s
-
     def take(self, requests: list[Incoming]) -> None:
-        """Take the requests of a turn; each gets an answer, now or when limits are read back."""
+        """Take requests; each gets its answer, at once or when limits are read back."""
         for incoming in requests:
             try:
                 request = m.decode_request(incoming.payload)
                 allowed, handle = self._table[type(request)]
                 if incoming.uid not in allowed:
-                    kind = type(request).__name__.lower()
-                    raise m.RefusedError("denied", f"uid {incoming.uid} may not send {kind}")
+                    raise m.RefusedError("denied", f"uid {incoming.uid} may not send that")
                 handle(incoming, request)
             except m.RefusedError as error:
                 self._refuse(incoming, error)
 
     def _refuse(self, incoming: Incoming, error: m.RefusedError) -> None:
-        known: m.ErrorCode = error.code
-        self.counts[known if known in ("denied", "stale") else "malformed"] += 1
-        key = f"{known} {incoming.uid}"
-        if not self.counts[key]:  # once for each code and uid: a flood is counted, not logged
-            self._log.warning(
-                "message_denied", code=known, uid=incoming.uid, pid=incoming.pid, why=str(error)
-            )
-        self.counts[key] += 1
-        self._server.reply(incoming, m.Error(code=known, message=str(error)))
-        self._server.publish(
-            m.MessageDenied(ts=time.time(), message=str(error), code=known, uid=incoming.uid)
-        )
+        code, uid, why = error.code, incoming.uid, str(error)
+        self.counts[code if code in ("denied", "stale") else "malformed"] += 1
+        if not self.counts[f"{code} {uid}"]:  # each once: a flood is counted, not logged
+            self._log.warning("message_denied", code=code, uid=uid, pid=incoming.pid, why=why)
+        self.counts[f"{code} {uid}"] += 1
+        self._server.reply(incoming, m.Error(code=code, message=why))
+        self._server.publish(m.MessageDenied(ts=time.time(), message=why, code=code, uid=uid))
 
-    def _answer_ping(self, incoming: Incoming, _request: m.Request) -> None:
-        self._server.reply(incoming, m.Pong(version=__version__, uptime_s=self.uptime_s))
+    def _answer_ping(self, incoming: Incoming, _: m.Request) -> None:
+        up_s = time.monotonic() - self.started_s
+        self._server.reply(incoming, m.Pong(version=__version__, uptime_s=up_s))
 
-    def _take_question(self, incoming: Incoming, request: m.Request) -> None:
-        assert isinstance(request, m.Status)
+    def _take_status(self, incoming: Incoming, request: m.Request) -> None:
         self.due.append((incoming, request))
 
-    def _take_snapshot(self, incoming: Incoming, request: m.Request) -> None:
-        assert isinstance(request, m.Snapshot)
+    def _take_snapshot(self, incoming: Incoming, new: m.Request) -> None:
+        assert isinstance(new, m.Snapshot)
         last = self.snapshot
-        if request.session in self._retired:
-            raise m.RefusedError("stale", f"session {request.session} was replaced by a newer one")
-        if last and last.session == request.session and request.revision < last.revision:
-            raise m.RefusedError("stale", f"revision {request.revision} is before {last.revision}")
-        if last and last.session != request.session:
+        if new.session in self._retired:
+            raise m.RefusedError("stale", f"session {new.session} was replaced by a newer one")
+        if last and last.session == new.session and new.revision < last.revision:
+            raise m.RefusedError("stale", f"revision {new.revision} came after {last.revision}")
+        if last and last.session != new.session:
             self._retired.append(last.session)
-            self._log.info("watcher_session", session=request.session, replaces=last.session)
+            self._log.info("watcher_session", session=new.session, replaces=last.session)
         self.counts["snapshots"] += 1
         self._heard_s = time.monotonic()
-        self.snapshot = request
-        self.due.append((incoming, request))
-        if last is None or (last.pods, last.others) != (request.pods, request.others):
-            self._accept(request)
+        self.snapshot = new
+        self.due.append((incoming, new))
+        if last is None or (last.pods, last.others) != (new.pods, new.others):
+            self._accept(new)
 
-    def _accept(self, snapshot: m.Snapshot) -> None:
+    def _accept(self, new: m.Snapshot) -> None:
         self.changed = True
-        ids = {alias: pod.uid for pod in snapshot.pods for alias in pod.aliases}
-        pods = {pod.uid: pod.limit_mw for pod in snapshot.pods}
-        self._desired = Desired("living", pods, ids, frozenset(snapshot.others))
-        self._server.publish(
-            m.SnapshotAccepted(
-                ts=time.time(),
-                message=f"{len(pods)} annotated pods, {len(snapshot.others)} others",
-                session=snapshot.session,
-                revision=snapshot.revision,
-                pods=len(pods),
-            )
-        )
+        pods = {pod.uid: pod.limit_mw for pod in new.pods}
+        ids = {alias: pod.uid for pod in new.pods for alias in pod.aliases}
+        self._desired = Desired("living", pods, ids, frozenset(new.others))
+        said = f"revision {new.revision}: {len(pods)} annotated pods, {len(new.others)} others"
+        event = m.SnapshotAccepted(ts=time.time(), message=said, session=new.session)
+        self._server.publish(event)
 
     def desired(self) -> Desired:
-        """Return the last complete snapshot and whether its watcher is still heard."""
-        link: Link = "living"
-        if self.silent_s > LIVING_S or self._heard_s is None:
-            link = "silent"
-        if self._lease_s is not None and self.silent_s > self._lease_s:
-            link = "expired"
-        return Desired(link, self._desired.pods, self._desired.ids, self._desired.others)
-
-    @property
-    def silent_s(self) -> float:
-        """Return how long no snapshot came, since start if none ever came."""
-        heard = self._started_s if self._heard_s is None else self._heard_s
-        return time.monotonic() - heard
+        """Return the last complete snapshot, with whether its watcher is still heard."""
+        d, silent_s = self._desired, time.monotonic() - self._heard_s
+        if self._lease_s is not None and silent_s > self._lease_s:
+            return Desired("expired", d.pods, d.ids, d.others)
+        return d if silent_s <= _LIVING_S else Desired("silent", d.pods, d.ids, d.others)
 
     def watcher(self) -> m.WatcherStatus:
         """Return the watcher as it looks from here."""
-        snapshot = self.snapshot
+        seen, age_s = self.snapshot, round(time.monotonic() - self._heard_s, 3)
+        if seen is None:
+            return m.WatcherStatus()
+        near = age_s <= _LIVING_S
         return m.WatcherStatus(
-            connected=snapshot is not None and self.silent_s <= LIVING_S,
-            session=snapshot.session if snapshot else None,
-            revision=snapshot.revision if snapshot else None,
-            age_s=round(self.silent_s, 3) if snapshot else None,
+            connected=near, session=seen.session, revision=seen.revision, age_s=age_s
         )

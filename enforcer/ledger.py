@@ -1,8 +1,8 @@
 """The ledger: which GPUs were written and what they had before, on disk before the first write.
 
-One JSON file, replaced atomically; the generation before lies beside it. A GPU's original limit
-is fsynced before its first write. Later changes are not: the page cache outlives a killed process,
-and after a crash of the machine the boot id differs and the hardware has forgotten the limits.
+One JSON file, replaced atomically, the generation before it beside it. An original limit is
+fsynced before the GPU's first write. Later changes need not wait for the disk: the page cache
+outlives a killed process, and a crash of the machine makes the hardware forget its limits too.
 """
 
 import contextlib
@@ -14,32 +14,23 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
 
 from enforcer.policy import Owned
-from shared.units import MAX_MW
 
 _FILE, _BEFORE, _NEXT, _LOCK = "ledger.json", "ledger.previous.json", "ledger.next", "lock"
 _VERSION = 1
 _MAX_BYTES = 4 << 20
-_Mw = Annotated[int, Meta(ge=1, le=MAX_MW)]
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LedgerError(Exception):
     """The ledger cannot be used; the text names the path and the reason."""
 
 
-class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
-    original_mw: _Mw
-    set_mw: _Mw
-    pods: list[str]
-    since: float
-
-
-class _Book(Struct, frozen=True, forbid_unknown_fields=True):
-    version: Annotated[int, Meta(ge=_VERSION, le=_VERSION)]
+class _Book(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: Annotated[int, msgspec.Meta(ge=_VERSION, le=_VERSION)]
     boot_id: str
-    gpus: dict[str, _Entry]
+    gpus: dict[str, Owned]
 
 
 class Ledger:
@@ -47,15 +38,12 @@ class Ledger:
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
         """Open the directory; raises LedgerError."""
-        self.path = state_dir / _FILE
-        self._boot_id = boot_id
+        self.path, self._boot_id = state_dir / _FILE, boot_id
         self.entries: Mapping[str, Owned] = {}
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._dir = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            self._lock = os.open(
-                _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._dir
-            )
+            self._dir = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+            self._lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600, dir_fd=self._dir)
         except OSError as error:
             raise LedgerError(
                 f"POWER_AGENT_STATE_DIR='{state_dir}': {error.strerror}; "
@@ -64,11 +52,10 @@ class Ledger:
 
     def try_lock(self) -> bool:
         """Take the lock if no other enforcer holds it."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
     def load(self) -> list[str]:
         """Read the entries of this boot; return what a person should know about it.
@@ -84,25 +71,20 @@ class Ledger:
                 continue
             except (OSError, msgspec.DecodeError, ValueError) as error:
                 aside = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-                with contextlib.suppress(OSError):
-                    os.rename(name, aside, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+                os.rename(name, aside, src_dir_fd=self._dir, dst_dir_fd=self._dir)
                 said.append(f"{self.path.with_name(name)} is damaged, moved to {aside}: {error}")
                 continue
             if name == _BEFORE:
                 said.append("the generation before it is adopted")
-            if book.boot_id != self._boot_id:
-                said.append(f"entries of another boot dropped: {', '.join(book.gpus) or 'none'}")
-                return said
-            self.entries = {
-                uuid: Owned(e.original_mw, e.set_mw, frozenset(e.pods), e.since)
-                for uuid, e in book.gpus.items()
-            }
-            return said
+            if book.boot_id == self._boot_id:
+                self.entries = book.gpus
+            elif book.gpus:
+                said.append(f"of another boot, hardware forgot, dropped: {', '.join(book.gpus)}")
+            break
         return said
 
     def _read(self, name: str) -> _Book:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._dir)
-        with open(fd, "rb") as file:
+        with os.fdopen(os.open(name, os.O_RDONLY | _FLAGS, dir_fd=self._dir), "rb") as file:
             return msgspec.json.decode(file.read(_MAX_BYTES), type=_Book)
 
     def store(self, entries: Mapping[str, Owned], *, durable: bool) -> None:
@@ -110,28 +92,21 @@ class Ledger:
 
         `durable` waits for the disk: needed whenever an original limit is new.
         """
-        book = _Book(
-            _VERSION,
-            self._boot_id,
-            {
-                uuid: _Entry(o.original_mw, o.set_mw, sorted(o.pods), o.since)
-                for uuid, o in sorted(entries.items())
-            },
-        )
+        book = _Book(_VERSION, self._boot_id, dict(entries))
+        text = msgspec.json.format(msgspec.json.encode(book, order="sorted"), indent=1)
         try:
-            self._replace(msgspec.json.format(msgspec.json.encode(book), indent=1) + b"\n", durable)
+            self._replace(text + b"\n", durable)
         except OSError as error:
             raise LedgerError(f"{self.path} cannot be written: {error.strerror}") from error
         self.entries = dict(entries)
 
     def _replace(self, text: bytes, durable: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(_NEXT, flags, 0o600, dir_fd=self._dir)
-        with open(fd, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS
+        with os.fdopen(os.open(_NEXT, flags, 0o600, dir_fd=self._dir), "wb") as file:
             file.write(text)
             file.flush()
             if durable:
-                os.fsync(fd)
+                os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):
             os.unlink(_BEFORE, dir_fd=self._dir)
         with contextlib.suppress(FileNotFoundError):

@@ -1,20 +1,18 @@
 """NVML through nvidia-ml-py: the only file that imports pynvml, and where its errors are mapped.
 
-The library is loaded by its ordinary name; it is initialised on demand and shut down when idle,
-because an open handle keeps the driver from being unloaded for an upgrade.
+Initialised on demand and shut down when idle: an open handle keeps a driver from being upgraded.
 """
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pynvml
 
-_NAMES: dict[int, str] = {
-    code: name.removeprefix("NVML_ERROR_")
-    for name, code in vars(pynvml).items()
-    if name.startswith("NVML_ERROR_")
-}
+from shared.messages import Gpu
+
+Handle = Any  # an opaque pointer of NVML
+_NAMES = {v: k.removeprefix("NVML_ERROR_") for k, v in vars(pynvml).items() if "NVML_ERROR_" in k}
 _REMEDIES = {
     "NO_PERMISSION": "setting a limit takes CAP_SYS_ADMIN in the initial user namespace",
     "LIBRARY_NOT_FOUND": "is the driver installed, and its libnvidia-ml.so.1 in this container?",
@@ -22,11 +20,14 @@ _REMEDIES = {
     "LIB_RM_VERSION_MISMATCH": "the driver was upgraded: restart this pod to get its library",
     "GPU_IS_LOST": "the GPU fell off its bus: look at the kernel log, reset or reboot",
 }
-# The process lists that a driver or board may lack; without them nobody is there to be listed.
-_LACKING = frozenset({"NOT_SUPPORTED", "FUNCTION_NOT_FOUND"})
-_ABSENT = frozenset({"LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED"})
-# Errors after which handles are worthless until NVML is initialised anew.
-_STALE = frozenset({"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"})
+_ABSENT = {"LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED"}
+_LACKING = {
+    "NOT_SUPPORTED",
+    "FUNCTION_NOT_FOUND",
+}  # a board or driver may lack the less usual lists
+# After these, handles are worthless until NVML is initialised anew.
+_STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
+_TRIES = 4  # a process list may outgrow its buffer between asking for its size and filling it
 
 
 class NvmlError(Exception):
@@ -40,29 +41,7 @@ class NvmlError(Exception):
         self.stale = self.name in _STALE
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One physical GPU and what does not change about it; limits in milliwatts."""
-
-    handle: Any
-    index: int
-    uuid: str
-    name: str
-    default_mw: int
-    min_mw: int
-    max_mw: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What one GPU says of its power now, in milliwatts; None where it does not say."""
-
-    limit_mw: int | None
-    enforced_mw: int | None
-    power_mw: int | None
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+def _call(function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
     try:
         return function(*arguments)
     except pynvml.NVMLError as error:
@@ -76,78 +55,82 @@ class Nvml:
         self.is_open = False
         self.driver_version: str | None = None
 
-    def open(self) -> tuple[list[Device], list[str]]:
-        """Initialise NVML; return the usable GPUs and what is wrong with the others."""
+    def open(self) -> tuple[list[tuple[Handle, Gpu]], list[str]]:
+        """Initialise NVML anew; return the usable GPUs and what is wrong with the others."""
         self.close()
         _call(pynvml.nvmlInit)
         self.is_open = True
         self.driver_version = _call(pynvml.nvmlSystemGetDriverVersion)
-        devices, faults = [], []
+        found, faults = [], []
         for index in range(_call(pynvml.nvmlDeviceGetCount)):
             try:
-                devices.append(self._device(index))
+                found.append(self._identify(index))
             except NvmlError as error:
                 faults.append(f"GPU {index}: {error}")
-        return devices, faults
+        return found, faults
 
     def close(self) -> None:
         """Let go of the driver."""
         if self.is_open:
             self.is_open = False
-            try:
+            with contextlib.suppress(pynvml.NVMLError):  # already gone with a reloaded driver
                 pynvml.nvmlShutdown()
-            except pynvml.NVMLError:
-                return  # already gone with a reloaded driver
 
     @staticmethod
-    def _device(index: int) -> Device:
+    def _identify(index: int) -> tuple[Handle, Gpu]:
         handle = _call(pynvml.nvmlDeviceGetHandleByIndex, index)
-        uuid = _call(pynvml.nvmlDeviceGetUUID, handle)
-        name = _call(pynvml.nvmlDeviceGetName, handle)
-        low, high = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
-        default = _call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
-        return Device(handle, index, uuid, name, default, low, high)
+        low_mw, high_mw = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+        return handle, Gpu(
+            index=index,
+            uuid=_call(pynvml.nvmlDeviceGetUUID, handle),
+            name=_call(pynvml.nvmlDeviceGetName, handle),
+            default_mw=_call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle),
+            min_mw=low_mw,
+            max_mw=high_mw,
+        )
 
-    def pids(self, device: Device) -> frozenset[int]:
-        """Return the processes on `device`, all MIG instances and MPS clients included."""
-        found = {p.pid for p in self._list(pynvml.nvmlDeviceGetComputeRunningProcesses, device)}
+    def pids(self, handle: Handle) -> set[int]:
+        """Return the processes on a GPU, those of all MIG instances and MPS clients included."""
+        found = self._listed(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
         for query in (
             pynvml.nvmlDeviceGetGraphicsRunningProcesses,
             pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
         ):
             try:
-                found |= {p.pid for p in self._list(query, device)}
+                found |= self._listed(query, handle)
             except NvmlError as error:
                 if error.name not in _LACKING:
                     raise
-        return frozenset(found)
+        return found
 
     @staticmethod
-    def _list(query: Callable[..., Any], device: Device) -> list[Any]:
-        for _ in range(3):  # the list may outgrow its buffer between asking for size and filling
+    def _listed(query: Callable[..., Any], handle: Handle) -> set[int]:
+        for left in reversed(range(_TRIES)):
             try:
-                return list(_call(query, device.handle))
+                return {process.pid for process in _call(query, handle)}
             except NvmlError as error:
-                if error.name != "INSUFFICIENT_SIZE":
+                if error.name != "INSUFFICIENT_SIZE" or not left:
                     raise
-        return list(_call(query, device.handle))
+        raise AssertionError
 
-    def limit_mw(self, device: Device) -> int:
+    def limit_mw(self, handle: Handle) -> int:
         """Return the limit that is configured."""
-        return int(_call(pynvml.nvmlDeviceGetPowerManagementLimit, device.handle))
+        return int(_call(pynvml.nvmlDeviceGetPowerManagementLimit, handle))
 
-    def set_limit(self, device: Device, limit_mw: int) -> None:
-        """Set the limit. Not the _v2 call: nvidia-ml-py does not check what that returns."""
-        _call(pynvml.nvmlDeviceSetPowerManagementLimit, device.handle, limit_mw)
+    def set_limit(self, handle: Handle, limit_mw: int) -> None:
+        """Set the limit. Not by the _v2 call, whose result nvidia-ml-py does not check."""
+        _call(pynvml.nvmlDeviceSetPowerManagementLimit, handle, limit_mw)
 
-    def reading(self, device: Device) -> Reading:
-        """Return what `device` says of its power; a board may lack the last two."""
-        values: list[int | None] = []
-        for query in (pynvml.nvmlDeviceGetEnforcedPowerLimit, pynvml.nvmlDeviceGetPowerUsage):
+    def read_into(self, handle: Handle, gpu: Gpu) -> None:
+        """Read what `gpu` says of its power now; nothing of an older reading survives a failure."""
+        gpu.limit_mw = gpu.enforced_mw = gpu.power_mw = None
+        gpu.limit_mw = self.limit_mw(handle)
+        for name, query in (
+            ("enforced_mw", pynvml.nvmlDeviceGetEnforcedPowerLimit),
+            ("power_mw", pynvml.nvmlDeviceGetPowerUsage),
+        ):
             try:
-                values.append(int(_call(query, device.handle)))
+                setattr(gpu, name, int(_call(query, handle)))
             except NvmlError as error:
                 if error.name not in _LACKING:
                     raise
-                values.append(None)
-        return Reading(self.limit_mw(device), *values)

@@ -1,6 +1,5 @@
 """The host's /proc: the only file that reads it, and the checks that it is the host's indeed."""
 
-import contextlib
 import ctypes
 import os
 import time
@@ -10,10 +9,11 @@ from pathlib import Path
 from enforcer import cgroups
 from enforcer.policy import Stranger
 
-_TEXT_BYTES = 1 << 20
+_ENDED = (FileNotFoundError, ProcessLookupError)  # ENOENT on opening, ESRCH on reading
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 _USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
+_SHOWN_BYTES = 300
 
 
 class BlindError(Exception):
@@ -21,28 +21,21 @@ class BlindError(Exception):
 
 
 def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        chunks = []
-        while chunk := os.read(fd, _TEXT_BYTES):
-            chunks.append(chunk)
-        return b"".join(chunks)
-    finally:
-        os.close(fd)
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a third of the time of Path's
+        return file.readall()
 
 
 def _started_ticks(directory: str) -> int | None:
     """Return when the process started (field 22 of stat, proc(5)), None if there is no stat."""
     try:
-        stat = _read(f"{directory}/stat")
-    except (FileNotFoundError, ProcessLookupError):
+        # The name in parentheses may hold anything, also parentheses.
+        return int(_read(f"{directory}/stat").rpartition(b")")[2].split()[19])
+    except _ENDED:
         return None
-    # The name in parentheses may hold anything, also parentheses.
-    return int(stat.rpartition(b")")[2].split()[19])
 
 
 def now_ticks() -> int:
-    """Return the time in the unit and from the origin of `starttime`."""
+    """Return the time in the unit and from the origin of a process's start time."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
 
 
@@ -50,8 +43,7 @@ class ProcessReader:
     """Tells whose process a pid is; believes nothing beyond one call."""
 
     def __init__(self, proc_root: Path, roots: Sequence[str]) -> None:
-        self._proc = str(proc_root)
-        self.roots = tuple(roots)
+        self._proc, self.roots = proc_root, tuple(roots)
 
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Return the pod's uid or what else `pid` is, None if it ended, and the evidence.
@@ -64,32 +56,30 @@ class ProcessReader:
             before = _started_ticks(directory)
             text = _read(f"{directory}/cgroup")
             after = _started_ticks(directory)
-        except (FileNotFoundError, ProcessLookupError):
+        except _ENDED:
             return None, "ended"
         except (OSError, ValueError, IndexError) as error:
             return Stranger.UNKNOWN, f"{directory} cannot be read: {error}"
         if before != after or (before is not None and before > listed_ticks):
-            return None, "ended, its number was given to another"
-        shown = text[:300].decode("utf-8", "replace").strip()
+            return None, "ended, its number went to another"
+        shown = text[:_SHOWN_BYTES].decode("utf-8", "replace").strip()
         return cgroups.pod_of(text, self.roots), shown
 
 
 def boot_id(proc_root: Path) -> str:
-    """Return the id of this boot: another one means that hardware forgot its limits."""
-    with contextlib.suppress(OSError):
-        return _read(f"{proc_root}/sys/kernel/random/boot_id").decode("ascii").strip()
-    return _read("/proc/sys/kernel/random/boot_id").decode("ascii").strip()
+    """Return the id of this boot: with another one, hardware has forgotten its limits."""
+    own = proc_root / "sys/kernel/random/boot_id"
+    return _read(str(own if own.exists() else Path("/proc/sys/kernel/random/boot_id"))).decode()
 
 
 def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[str, ...]:
     """Return the cgroups that may hold `kubepods`; raises BlindError where we would be blind.
 
-    In Kubernetes the own path must show the own pod: else this is a private cgroup namespace,
+    In Kubernetes the own path must show the own pod. Else this is a private cgroup namespace,
     whose paths are relative and can be mimicked, and pid 1's is joined.
     """
-    auto = setting == "auto"
     if proc_root != Path("/proc") or not in_kubernetes:
-        return _USUAL_ROOTS if auto else (setting,)
+        return _USUAL_ROOTS if setting == "auto" else (setting,)
     own = cgroups.root_above(_read("/proc/self/cgroup"))
     if own is None:
         _join_host_cgroup_namespace()
@@ -102,17 +92,13 @@ def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[st
     # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
     if cgroups.root_above(_read("/proc/1/cgroup")) is not None:
         raise BlindError("pid 1 is in a pod, so host processes are invisible: set hostPID: true")
-    return (own,) if auto else (setting,)
+    return (own,) if setting == "auto" else (setting,)
 
 
 def _join_host_cgroup_namespace() -> None:
-    """Enter pid 1's cgroup namespace; takes CAP_SYS_PTRACE to open, CAP_SYS_ADMIN to enter."""
+    """Enter pid 1's cgroup namespace; opening takes CAP_SYS_PTRACE, entering CAP_SYS_ADMIN."""
     try:
-        fd = os.open("/proc/1/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+        with Path("/proc/1/ns/cgroup").open("rb") as file:
+            ctypes.CDLL(None).setns(file.fileno(), _CLONE_NEWCGROUP)  # os.setns: Python 3.12
     except OSError:
-        return
-    try:
-        # os.setns came with Python 3.12.
-        ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWCGROUP)
-    finally:
-        os.close(fd)
+        return  # the caller looks whether it helped

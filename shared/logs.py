@@ -1,5 +1,6 @@
 """Logs: one object a line on standard output, `ts level component event` and what belongs to it."""
 
+import contextlib
 import os
 import sys
 from datetime import UTC, datetime
@@ -46,7 +47,5 @@ class Log:
             # repr-like JSON values: a control character in a pod's name stays one line.
             rest = " ".join(f"{k}={msgspec.json.encode(v).decode()}" for k, v in values.items())
             line = f"{now} {level.upper():7} {self._component}: {event} {rest}".rstrip().encode()
-        try:
+        with contextlib.suppress(OSError):  # nobody reads: enforcing goes on
             os.write(sys.stdout.fileno(), line + b"\n")  # one write a line: lines never mix
-        except OSError:
-            pass  # nobody reads: enforcing goes on

@@ -25,7 +25,9 @@ NvmlState = Literal["ok", "absent", "failing"]
 GpuState = Literal["free", "managed", "held", "failed", "lost"]
 PodState = Literal["enforced", "clamped", "conflict", "waiting", "invalid", "failed"]
 WriteReason = Literal["acquire", "adjust", "drift", "release"]
-ErrorCode = Literal["denied", "malformed", "too_many", "unsupported_version", "unknown_type", "stale"]
+ErrorCode = Literal[
+    "denied", "malformed", "too_many", "unsupported_version", "unknown_type", "stale"
+]
 
 
 class _Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -69,27 +71,27 @@ class Process(Struct, frozen=True, kw_only=True):
     evidence: str
 
 
-class Gpu(Struct, frozen=True, kw_only=True):
-    """enforcer -> reader: one GPU; values not known are null."""
+class Gpu(Struct, kw_only=True):
+    """enforcer -> reader: one GPU; values not known are null. The enforcer's own record of it."""
 
-    index: int | None
+    index: int | None = None
     uuid: str
-    name: str | None
-    limit_mw: int | None
-    enforced_mw: int | None
-    default_mw: int | None
-    min_mw: int | None
-    max_mw: int | None
-    power_mw: int | None
-    managed: bool
-    original_mw: int | None
-    target_mw: int | None
-    pods: list[str]
-    state: GpuState
-    reason: str
-    processes: list[Process]
-    writes: dict[str, int]
-    write_failures: dict[str, int]
+    name: str | None = None
+    limit_mw: int | None = None
+    enforced_mw: int | None = None
+    default_mw: int | None = None
+    min_mw: int | None = None
+    max_mw: int | None = None
+    power_mw: int | None = None
+    managed: bool = False
+    original_mw: int | None = None
+    target_mw: int | None = None
+    pods: list[str] = []
+    state: GpuState = "free"
+    reason: str = "not looked at yet"
+    processes: list[Process] = []
+    writes: dict[str, int] = {}
+    write_failures: dict[str, int] = {}
 
 
 class Pod(Struct, frozen=True, kw_only=True):
@@ -139,10 +141,10 @@ class EnforcerStatus(Struct, frozen=True, kw_only=True):
 class WatcherStatus(Struct, frozen=True, kw_only=True):
     """enforcer -> reader: the watcher as the enforcer sees it."""
 
-    connected: bool
-    session: str | None
-    revision: int | None
-    age_s: float | None
+    connected: bool = False
+    session: str | None = None
+    revision: int | None = None
+    age_s: float | None = None
 
 
 class Report(_Message, frozen=True, kw_only=True, tag="report"):
@@ -186,7 +188,9 @@ class _Event(_Message, frozen=True, kw_only=True):
     message: str
 
 
-class _GpuEvent(_Event, frozen=True, kw_only=True):
+class GpuEvent(_Event, frozen=True, kw_only=True):
+    """What every event about one GPU carries."""
+
     index: int | None
     uuid: str
     pods: list[str]
@@ -195,27 +199,27 @@ class _GpuEvent(_Event, frozen=True, kw_only=True):
     reason: str
 
 
-class LimitSet(_GpuEvent, frozen=True, kw_only=True, tag="limit_set"):
+class LimitSet(GpuEvent, frozen=True, kw_only=True, tag="limit_set"):
     """enforcer -> listeners: a limit was written and read back."""
 
 
-class LimitReleased(_GpuEvent, frozen=True, kw_only=True, tag="limit_released"):
+class LimitReleased(GpuEvent, frozen=True, kw_only=True, tag="limit_released"):
     """enforcer -> listeners: a GPU was given back."""
 
 
-class LimitFailed(_GpuEvent, frozen=True, kw_only=True, tag="limit_failed"):
+class LimitFailed(GpuEvent, frozen=True, kw_only=True, tag="limit_failed"):
     """enforcer -> listeners: a limit could not be written, or did not hold."""
 
 
-class LimitDrifted(_GpuEvent, frozen=True, kw_only=True, tag="limit_drifted"):
+class LimitDrifted(GpuEvent, frozen=True, kw_only=True, tag="limit_drifted"):
     """enforcer -> listeners: somebody else had changed a limit; it was written again."""
 
 
-class GpuLost(_GpuEvent, frozen=True, kw_only=True, tag="gpu_lost"):
+class GpuLost(GpuEvent, frozen=True, kw_only=True, tag="gpu_lost"):
     """enforcer -> listeners: a GPU no longer answers or is gone."""
 
 
-class GpuBack(_GpuEvent, frozen=True, kw_only=True, tag="gpu_back"):
+class GpuBack(GpuEvent, frozen=True, kw_only=True, tag="gpu_back"):
     """enforcer -> listeners: a GPU answers again."""
 
 
@@ -223,8 +227,6 @@ class SnapshotAccepted(_Event, frozen=True, kw_only=True, tag="snapshot_accepted
     """enforcer -> listeners: the desired state changed."""
 
     session: str
-    revision: int
-    pods: int
 
 
 class MessageDenied(_Event, frozen=True, kw_only=True, tag="message_denied"):
@@ -269,9 +271,14 @@ _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(message: Request | Reply | Event) -> bytes:
+def encode(message: Request | Reply | Event | GpuEvent) -> bytes:
     """Return `message` as one MessagePack payload."""
     return _encoder.encode(message)
+
+
+def name_of(message: Request | Reply | Event | GpuEvent) -> str:
+    """Return the type of `message` as it is written on the wire."""
+    return str(message.__struct_config__.tag)
 
 
 def decode_request(payload: bytes) -> Request:

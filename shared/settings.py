@@ -1,5 +1,7 @@
 """The settings of each program, read from the environment once, as one frozen value."""
 
+# ruff: noqa: RUF009 - `_setting` only makes a dataclass field
+
 import argparse
 import os
 import re
@@ -30,7 +32,9 @@ class SafeDefault:
 
     def for_gpu(self, default_mw: int) -> int:
         """Return the milliwatts for a GPU whose factory default is `default_mw`, rounded down."""
-        return self.limit_mw if self.limit_mw is not None else default_mw * (self.percent or 0) // 100
+        return (
+            self.limit_mw if self.limit_mw is not None else default_mw * (self.percent or 0) // 100
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ def _setting(
     parse: Callable[[str], Any] = _text,
     *,
     required: bool = False,
-) -> Any:
+) -> Any:  # noqa: ANN401 - a field takes the type of its annotation
     return field(metadata={"variable": _Variable(name, default, meaning, parse, required)})
 
 

@@ -190,7 +190,7 @@ class Server:
             frames = [*incoming.envelope, messages.encode(message)]
             self._router.send_multipart(frames, zmq.NOBLOCK)
 
-    def publish(self, event: messages.Event) -> None:
+    def publish(self, event: messages.Event | messages.GpuEvent) -> None:
         """Tell whoever listens; losing one never matters."""
         with contextlib.suppress(zmq.ZMQError):
             self._events.send(messages.encode(event), zmq.NOBLOCK)
