@@ -1,7 +1,8 @@
 """Supervisord's event listener: kills an enforcer that hangs, ends what is beyond saving.
 
-An enforcer hangs when it left several pings in a row unanswered. SIGKILL is what it gets: a
-process that no longer turns handles no other signal, and limits and ledger outlive it.
+An enforcer hangs when it answered before and then left several pings in a row unanswered. (One
+that never answered may be waiting for another agent on this node to go.) SIGKILL is what it
+gets: a process that no longer turns handles no other signal, and limits and ledger outlive it.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ class Watchdog:
         self._supervisor = os.getppid()
         self._unanswered = 0
         # Nothing was heard yet: after a restart of this listener the enforcer is in full swing.
-        self._running = True
+        self._running = self._has_answered = True
 
     def hear(self, event: str, payload: dict[str, str]) -> None:
         """Act on one event."""
@@ -66,13 +67,17 @@ class Watchdog:
         elif payload.get("processname") == "enforcer":
             # STARTING, BACKOFF and above all STOPPING, while it gives every GPU back.
             self._running = event == "PROCESS_STATE_RUNNING"
+            self._has_answered = False
             self._unanswered = 0
 
     def _tick(self) -> None:
-        if not self._running or self._answers():
+        if not self._running:
+            return
+        if self._answers():
+            self._has_answered = True
             self._unanswered = 0
             return
-        self._unanswered += 1
+        self._unanswered += self._has_answered
         if self._unanswered < UNANSWERED:
             return
         self._unanswered = 0

@@ -2,6 +2,7 @@
 
 The stand-ins take the place of the programs' interpreters, as the image's per-program virtual
 environments do, so that nothing in supervisord.conf is changed but the number of retries.
+Supervisord counts in seconds, so the scenarios mostly wait: all run at the same time.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AS_ROOT = os.geteuid() == 0
+Scenario = Callable[[Path], None]
 WATCHER_UID = 12345  # without a passwd entry on purpose
 
 # Says who and what it is; the enforcer also answers pings as the real one does.
@@ -49,6 +52,7 @@ server = Server(pathlib.Path(os.environ["POWER_AGENT_RUN_DIR"]), [os.getuid()])
 while True:
     for request in server.receive(1):
         server.reply(request, messages.Pong(version="stand-in", uptime_s=1.0))
+        print(json.dumps({{"component": program, "event": "answered"}}), flush=True)
 """
 
 
@@ -143,6 +147,9 @@ def running(home: Path) -> Iterator[Supervised]:
     supervised = Supervised(home)
     try:
         yield supervised
+    except BaseException as error:
+        error.add_note(supervised.out.read_text() + supervised.err.read_text())
+        raise
     finally:
         supervised.process.terminate()
         try:
@@ -151,19 +158,9 @@ def running(home: Path) -> Iterator[Supervised]:
             supervised.process.kill()
             supervised.process.wait()
             raise
-        finally:
-            print(supervised.out.read_text(), supervised.err.read_text(), sep="\n")
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """Return a folder laid out as in the image, which the watcher's user can enter."""
-    with tempfile.TemporaryDirectory(prefix="power-agent-") as folder:
-        Path(folder).chmod(0o755)
-        yield make_home(Path(folder))
-
-
-def test_each_program_has_its_user_and_only_its_environment(home: Path) -> None:
+def each_program_has_its_user_and_only_its_environment(home: Path) -> None:
     """The watcher gives up root, the enforcer never sees the way to the API."""
     with running(home) as supervised:
         supervised.wait_for_starts("enforcer", 1)
@@ -191,8 +188,7 @@ def test_each_program_has_its_user_and_only_its_environment(home: Path) -> None:
         assert not [key for key in seen if key.startswith(("SUPERVISOR_", "PYTHON"))]
 
 
-@pytest.mark.parametrize("program", ["enforcer", "watcher"])
-def test_a_killed_program_comes_back(home: Path, program: str) -> None:
+def a_killed_program_comes_back(program: str, home: Path) -> None:
     """More often than supervisord's default would, and the other one is left alone."""
     other = {"enforcer": "watcher", "watcher": "enforcer"}[program]
     with running(home) as supervised:
@@ -203,7 +199,17 @@ def test_a_killed_program_comes_back(home: Path, program: str) -> None:
         assert supervised.pids(other) == [unharmed]
 
 
-def test_a_clean_exit_nobody_asked_for_is_mended_too(home: Path) -> None:
+def a_killed_enforcer_comes_back(home: Path) -> None:
+    """See above."""
+    a_killed_program_comes_back("enforcer", home)
+
+
+def a_killed_watcher_comes_back(home: Path) -> None:
+    """See above."""
+    a_killed_program_comes_back("watcher", home)
+
+
+def a_clean_exit_nobody_asked_for_is_mended_too(home: Path) -> None:
     """A stray SIGTERM ends a program with status 0; it is started again all the same."""
     with running(home) as supervised:
         eventually(lambda: "watcher entered RUNNING" in supervised.err.read_text(), 15)
@@ -211,7 +217,7 @@ def test_a_clean_exit_nobody_asked_for_is_mended_too(home: Path) -> None:
         supervised.wait_for_starts("watcher", 2)
 
 
-def test_a_program_that_fails_at_start_is_tried_again(home: Path) -> None:
+def a_program_that_fails_at_start_is_tried_again(home: Path) -> None:
     """Five failures in a row, where supervisord's default stops for ever after four."""
     (home / "watcher.broken").touch()
     with running(home) as supervised:
@@ -220,20 +226,20 @@ def test_a_program_that_fails_at_start_is_tried_again(home: Path) -> None:
         supervised.wait_for_starts("watcher", 1, 30)
 
 
-def test_an_enforcer_that_hangs_is_restarted(home: Path) -> None:
+def an_enforcer_that_hangs_is_restarted(home: Path) -> None:
     """It lives and is stopped: only the unanswered pings tell."""
     with running(home) as supervised:
         supervised.wait_for_starts("watcher", 1)
-        eventually(lambda: "enforcer entered RUNNING" in supervised.err.read_text(), 15)
+        eventually(lambda: supervised.said("enforcer", "answered"), 20)
         hung = supervised.wait_for_starts("enforcer", 1)
         os.kill(hung, signal.SIGSTOP)
-        supervised.wait_for_starts("enforcer", 2, 30)
+        supervised.wait_for_starts("enforcer", 2, 40)
         assert gone(hung)
         assert [line["pid"] for line in supervised.said("watchdog", "enforcer_hangs")] == [hung]
         assert len(supervised.pids("watcher")) == 1
 
 
-def test_a_program_beyond_saving_ends_supervisord(home: Path) -> None:
+def a_program_beyond_saving_ends_supervisord(home: Path) -> None:
     """Whoever runs the container sees it end, and the other program has stopped cleanly."""
     conf = home / "supervisord.conf"
     conf.write_text(conf.read_text().replace("startretries=100\n", "startretries=2\n"))
@@ -248,7 +254,7 @@ def test_a_program_beyond_saving_ends_supervisord(home: Path) -> None:
         assert gone(watcher)
 
 
-def test_sigterm_stops_both_and_leaves_nothing(home: Path) -> None:
+def sigterm_stops_both_and_leaves_nothing(home: Path) -> None:
     """The watcher first: the enforcer gives everything back when nobody asks for more."""
     with running(home) as supervised:
         pids = [supervised.wait_for_starts(name, 1) for name in ("enforcer", "watcher")]
@@ -263,13 +269,46 @@ def test_sigterm_stops_both_and_leaves_nothing(home: Path) -> None:
         assert stopped == ["watcher", "enforcer"]
 
 
-def test_a_killed_supervisord_takes_both_along(home: Path) -> None:
+def a_killed_supervisord_takes_both_along(home: Path) -> None:
     """Two programs that nobody minds would keep a second agent from taking over."""
     with running(home) as supervised:
         pids = [supervised.wait_for_starts(name, 1) for name in ("enforcer", "watcher")]
         supervised.process.kill()
         supervised.process.wait()
         eventually(lambda: all(gone(pid) for pid in pids), 10)
+
+
+SCENARIOS: list[Scenario] = [
+    each_program_has_its_user_and_only_its_environment,
+    a_killed_enforcer_comes_back,
+    a_killed_watcher_comes_back,
+    a_clean_exit_nobody_asked_for_is_mended_too,
+    a_program_that_fails_at_start_is_tried_again,
+    an_enforcer_that_hangs_is_restarted,
+    a_program_beyond_saving_ends_supervisord,
+    sigterm_stops_both_and_leaves_nothing,
+    a_killed_supervisord_takes_both_along,
+]
+
+
+def play(scenario: Scenario) -> None:
+    """Run a scenario in a folder laid out as in the image, which the watcher's user can enter."""
+    with tempfile.TemporaryDirectory(prefix="power-agent-") as folder:
+        Path(folder).chmod(0o755)
+        scenario(make_home(Path(folder)))
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[Scenario, Future[None]]]:
+    """Start all scenarios and return where each one's outcome will be."""
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {scenario: pool.submit(play, scenario) for scenario in SCENARIOS}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_supervised(scenario: Scenario, outcomes: dict[Scenario, Future[None]]) -> None:
+    """Each scenario's docstring is the claim."""
+    outcomes[scenario].result()
 
 
 def test_stopping_fits_the_grace_period_of_a_pod() -> None:
@@ -290,32 +329,44 @@ def helper(name: str) -> ModuleType:
     return module
 
 
-def test_an_enforcer_that_is_stopping_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives every GPU back and may not answer meanwhile."""
+def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that gives every GPU back, nor one that waits for another agent to go."""
     module = helper("watchdog")
     killed: list[int] = []
     monkeypatch.setattr(module, "children_named", lambda *_: [4711])
     monkeypatch.setattr(module.os, "kill", lambda pid, _: killed.append(pid))
 
-    class Silent:
+    class Enforcer:
+        answers = False
+
         def request(self, *_: object) -> None:
-            raise module.TransportError("no answer")
+            if not self.answers:
+                raise module.TransportError("no answer")
 
     class Quiet:
         def error(self, *_: object, **__: object) -> None:
             pass
 
-    watchdog = module.Watchdog(Silent(), Quiet())
-    enforcer = {"processname": "enforcer"}
-    for _ in range(2):
-        watchdog.hear("TICK_5", {})
-    watchdog.hear("PROCESS_STATE_STOPPING", enforcer)
-    for _ in range(5):
-        watchdog.hear("TICK_5", {})
-    assert killed == []
-    watchdog.hear("PROCESS_STATE_RUNNING", enforcer)
-    for _ in range(3):
-        watchdog.hear("TICK_5", {})
+    ticking = Enforcer()
+    watchdog = module.Watchdog(ticking, Quiet())
+
+    def ticks(count: int, *, answered: bool) -> None:
+        ticking.answers = answered
+        for _ in range(count):
+            watchdog.hear("TICK_5", {})
+
+    ticks(2, answered=False)
+    watchdog.hear("PROCESS_STATE_STOPPING", {"processname": "enforcer"})
+    ticks(5, answered=False)
+    watchdog.hear("PROCESS_STATE_RUNNING", {"processname": "enforcer"})
+    ticks(5, answered=False)
+    assert killed == [], "stopping, or not up yet"
+    ticks(1, answered=True)
+    ticks(2, answered=False)
+    ticks(1, answered=True)
+    ticks(2, answered=False)
+    assert killed == [], "never three in a row"
+    ticks(1, answered=False)
     assert killed == [4711]
 
 
