@@ -20,10 +20,17 @@ WATCHER_READS = {
     "SSL_CERT_DIR", "SSL_CERT_FILE", "TZ", "WATCH_NAMESPACE",
     "http_proxy", "https_proxy", "no_proxy",
 }  # fmt: skip
-# What has no business in the program that runs as root: the way to the API, another program's
-# settings, and hooks into Python. The rest stays, because the driver's library reads variables
-# that nobody lists.
-ENFORCER_MUST_NOT_SEE = ("KUBE", "HTTP", "NO_PROXY", "PYTHON", "SUPERVISOR_", "WATCH_NAMESPACE")
+# What has no business in the program that runs as root: credentials and ways to the API, another
+# program's settings, and hooks into Python. The rest stays, because the driver's library reads
+# variables that nobody lists, and KUBERNETES_SERVICE_HOST tells the enforcer where it runs.
+ENFORCER_MUST_NOT_SEE = (
+    "KUBECONFIG",
+    "HTTP",
+    "NO_PROXY",
+    "PYTHON",
+    "SUPERVISOR_",
+    "WATCH_NAMESPACE",
+)
 
 
 def environment(program: str, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -92,6 +92,7 @@ class Supervised:
             "NODE_NAME": "node-a",
             "KUBERNETES_SERVICE_HOST": "192.0.2.1",
             "HTTPS_PROXY": "proxy.invalid",
+            "KUBECONFIG": "/nonexistent/kubeconfig",
             "SOME_PASSWORD": "s3cret",
         }
         with self.out.open("ab") as out, self.err.open("ab") as err:
@@ -181,8 +182,11 @@ def each_program_has_its_user_and_only_its_environment(home: Path) -> None:
     assert isinstance(seen_by_enforcer, dict)
     assert isinstance(seen_by_watcher, dict)
     assert {"POWER_AGENT_RUN_DIR", "LD_LIBRARY_PATH", "NVML_TUNING"} <= set(seen_by_enforcer)
-    assert not {"KUBERNETES_SERVICE_HOST", "HTTPS_PROXY"} & set(seen_by_enforcer)
-    assert {"NODE_NAME", "KUBERNETES_SERVICE_HOST", "HTTPS_PROXY"} <= set(seen_by_watcher)
+    # Without this one the enforcer would not check its namespaces, and work blind (I5).
+    assert "KUBERNETES_SERVICE_HOST" in seen_by_enforcer
+    assert not {"KUBECONFIG", "HTTPS_PROXY"} & set(seen_by_enforcer)
+    api = {"KUBERNETES_SERVICE_HOST", "KUBECONFIG", "HTTPS_PROXY"}
+    assert {"NODE_NAME", *api} <= set(seen_by_watcher)
     assert not {"LD_LIBRARY_PATH", "SOME_PASSWORD"} & set(seen_by_watcher)
     for seen in (seen_by_enforcer, seen_by_watcher):
         assert not [key for key in seen if key.startswith(("SUPERVISOR_", "PYTHON"))]
