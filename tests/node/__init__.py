@@ -1,0 +1,1 @@
+"""Whole processes on a simulated node: the real programs, sockets and NVML calls."""
