@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -164,10 +165,16 @@ class Kubectl:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """Running meanwhile; ended with the block, whatever happens in it."""
+        with subprocess.Popen(
             ["kubectl", *arguments], env=self.environment, stdout=subprocess.PIPE, text=True
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 @pytest.fixture
@@ -227,17 +234,20 @@ def test_kubectl_selects_by_field_and_label(api: KubeApi, kubectl: Kubectl) -> N
 @needs_kubectl
 def test_kubectl_watch_shows_each_change(api: KubeApi, kubectl: Kubectl) -> None:
     api.create_pod("a", node="node-a")
-    watching = kubectl.start("get", "pods", "-w", "--output-watch-events")
-    assert watching.stdout is not None
-    with watching, watching.stdout as lines:
-        assert lines.readline().split()[:2] == ["EVENT", "NAME"]
-        assert lines.readline().split()[:2] == ["ADDED", "a"]
+    with kubectl.started("get", "pods", "-w", "--output-watch-events") as watching:
+
+        def row() -> list[str]:
+            assert watching.stdout is not None
+            return watching.stdout.readline().split()
+
+        assert row()[:2] == ["EVENT", "NAME"]
+        assert row()[:2] == ["ADDED", "a"]
         eventually(lambda: api.open_watches == 1)
         api.annotate("default", "a", KEY, "300")
-        assert lines.readline().split()[:2] == ["MODIFIED", "a"]
+        assert row()[:4] == ["MODIFIED", "a", "1/1", "Running"]
         api.delete_pod("default", "a")
-        assert lines.readline().split()[:2] == ["DELETED", "a"]
-        watching.kill()
+        assert row()[:4] == ["MODIFIED", "a", "1/1", "Terminating"]
+        assert row()[:2] == ["DELETED", "a"]
     eventually(lambda: api.open_watches == 0)
 
 
@@ -246,8 +256,7 @@ def test_kubectl_delete_waits_until_the_kubelet_is_done(api: KubeApi, kubectl: K
     told: list[Json] = []
     api.deletion_hooks.append(told.append)
     uid = api.create_pod("a", node="node-a")["metadata"]["uid"]
-    deleting = kubectl.start("delete", "pod", "a")
-    with deleting:
+    with kubectl.started("delete", "pod", "a") as deleting:
         eventually(lambda: api.count("watch") == 1)  # kubectl waits
         assert [pod["metadata"]["deletionGracePeriodSeconds"] for pod in told] == [30]
         assert kubectl("get", "pods").splitlines()[1].split()[2] == "Terminating"
@@ -529,8 +538,8 @@ def test_a_watch_replays_exactly_what_came_after_its_version(api: KubeApi) -> No
     api.create_pod("b", node="node-a", namespace="other")
     api.delete_pod("default", "a")
     with RawWatch(api, version) as watch:
-        events = [watch.event() for _ in range(3)]
-    assert [event["type"] for event in events] == ["MODIFIED", "ADDED", "DELETED"]
+        events = [watch.event() for _ in range(4)]
+    assert [event["type"] for event in events] == ["MODIFIED", "ADDED", "MODIFIED", "DELETED"]
     versions = [int(event["object"]["metadata"]["resourceVersion"]) for event in events]
     assert versions == sorted(set(versions))
     assert versions[-1] == api.resource_version
@@ -668,6 +677,15 @@ def test_an_event_leaves_at_once(api: KubeApi) -> None:
     assert statistics.median(delays_s) < 0.001
 
 
+def test_a_new_server_marks_the_end_of_the_beginning_unasked(api: KubeApi) -> None:
+    """As the real one does for a watch from version 0 that takes bookmarks."""
+    api.create_pod("a", node="node-a")
+    with RawWatch(api, "resourceVersion=0&allowWatchBookmarks=true", META) as watch:
+        assert watch.brief() == ("ADDED", "a")
+        end = watch.event()
+    assert end["object"]["metadata"]["annotations"] == {"k8s.io/initial-events-end": "true"}
+
+
 def test_a_client_that_hangs_up_is_noticed(api: KubeApi) -> None:
     with RawWatch(api, from_now(api)):
         eventually(lambda: api.open_watches == 1)
@@ -792,6 +810,8 @@ def test_deletion_honours_uid_and_grace(api: KubeApi) -> None:
         assert event["type"] == "MODIFIED"
         assert event["object"]["metadata"]["deletionGracePeriodSeconds"] == 30
         assert ask(api, "DELETE", path, {"gracePeriodSeconds": 0}).status == 200
+        # Two events, as from the real server: no grace left, then gone.
+        assert watch.event()["object"]["metadata"]["deletionGracePeriodSeconds"] == 0
         assert watch.brief() == ("DELETED", "a")
     api.create_pod("done", node="node-a", phase="Succeeded")
     api.delete_pod("default", "done", grace=True)  # no kubelet has anything left to stop

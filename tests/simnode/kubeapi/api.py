@@ -154,7 +154,7 @@ class KubeApi:
 
     def finish_deletion(self, namespace: str, name: str, *, uid: str | None = None) -> None:
         """Remove the pod if it is still there (and still that one)."""
-        self._context.operations.remove(("pods", namespace, name), uid)
+        self._context.operations.end_pod(namespace, name, uid)
 
     def events(self, namespace: str = "") -> list[Json]:
         """The Kubernetes Events clients have written."""

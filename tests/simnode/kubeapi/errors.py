@@ -97,21 +97,29 @@ def bad_request(message: str) -> ApiError:
     return ApiError(400, "BadRequest", message)
 
 
-def invalid(kind: str, name: str, field: str, why: str) -> ApiError:
-    return ApiError(
-        422,
-        "Invalid",
-        f'{kind} "{name}" is invalid: {field}: {why}',
-        details={
-            "name": name,
-            "kind": kind,
-            "causes": [{"reason": "FieldValueInvalid", "message": why, "field": field}],
-        },
-    )
+# How a validation message begins decides the machine-readable reason beside it.
+_CAUSES = {
+    "Required value": "FieldValueRequired",
+    "Forbidden": "FieldValueForbidden",
+    "Unsupported value": "FieldValueNotSupported",
+    "Too long": "FieldValueTooLong",
+}
+
+
+def invalid(kind: str, name: str, field: str, why: str, *, group: str = "") -> ApiError:
+    cause = _CAUSES.get(why.partition(":")[0], "FieldValueInvalid")
+    details: Json = {"kind": kind, "causes": [{"reason": cause, "message": why, "field": field}]}
+    if name:
+        details["name"] = name
+    if group:
+        details["group"] = group
+    shown = f"{kind}.{group}" if group else kind
+    message = f'{shown} "{name}" is invalid: {field}: {why}'
+    return ApiError(422, "Invalid", message, details=details)
 
 
 def invalid_list_option(field: str, why: str) -> ApiError:
-    return invalid("ListOptions.meta.k8s.io", "", field, why)
+    return invalid("ListOptions", "", field, why, group="meta.k8s.io")
 
 
 def unauthorized() -> ApiError:
@@ -151,7 +159,7 @@ def version_too_large(asked: int, current: int) -> ApiError:
     return ApiError(
         504,
         "Timeout",
-        f"Too large resource version: {asked}, current: {current}",
+        f"Timeout: Too large resource version: {asked}, current: {current}",
         details={
             "causes": [
                 {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}

@@ -47,7 +47,9 @@ class ListOptions:
 
     def _check(self) -> None:
         if self.match not in _MATCHES:
-            why = f'Unsupported value: "{self.match}"'
+            why = (
+                f'Unsupported value: "{self.match}": supported values: "Exact", "NotOlderThan", ""'
+            )
             raise invalid_list_option("resourceVersionMatch", why)
         if self.match and not self.version:
             why = "Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided"
@@ -67,7 +69,10 @@ def number(query: Mapping[str, str], key: str) -> int:
     if not value:
         return 0
     if not value.isascii() or not value.isdigit():
-        raise bad_request(f'{key}: Invalid value: "{value}": not a whole number')
+        why = (
+            f'{key}: Invalid value: "{value}": strconv.ParseUint: parsing "{value}": invalid syntax'
+        )
+        raise bad_request(why)
     return int(value)
 
 
@@ -102,7 +107,7 @@ def _where(store: Store, faults: Faults, options: ListOptions) -> tuple[int | No
             token = json.loads(base64.urlsafe_b64decode(options.token))
             return token["rv"], token["start"]
         except (ValueError, KeyError, TypeError) as problem:
-            raise bad_request("continue key is not valid") from problem
+            raise bad_request("invalid continue token: continue key is not valid") from problem
     asked = number({"resourceVersion": options.version}, "resourceVersion")
     if asked > store.version:
         raise version_too_large(asked, store.version)

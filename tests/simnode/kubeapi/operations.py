@@ -14,6 +14,7 @@ from .errors import (
     already_exists,
     bad_request,
     conflict,
+    invalid,
     modified_meanwhile,
     not_found,
     success,
@@ -74,11 +75,6 @@ class Operations:
         """PUT."""
         if not isinstance(body, dict) or not isinstance(body.get("metadata"), dict):
             raise bad_request("the object provided has no metadata")
-        if body["metadata"].get("name") != target.name:
-            raise bad_request(
-                f"the name of the object ({body['metadata'].get('name')}) does not match the "
-                f"name on the URL ({target.name})"
-            )
         return self.modify(target, lambda _: body, dry_run=dry_run)
 
     def patch(
@@ -126,26 +122,25 @@ class Operations:
         return gone
 
     def _delete_pod(self, target: Target, asked_s: int | None) -> Json:
-        began = False
-
-        def ended(old: Json | None) -> Json | None:
-            nonlocal began
-            if old is None:
-                raise not_found("pods", target.name)
-            grace_s = pods.grace_s(old, asked_s)
-            left_s = old["metadata"].get("deletionGracePeriodSeconds")
+        with self._store.lock:
+            pod = self.get(target)
+            grace_s = pods.grace_s(pod, asked_s)
+            left_s = pod["metadata"].get("deletionGracePeriodSeconds")
             if grace_s == 0:
-                return None
+                return self._end_pod(target.key)
             if left_s is not None and grace_s >= left_s:
-                return old  # asked again: an end is brought forward, never put off
-            began = left_s is None
-            return pods.terminating(old, grace_s)
-
-        pod = self._store.change(target.key, ended)
-        if began:
+                return pod  # asked again: an end is brought forward, never put off
+            pod = self._store.change(target.key, lambda _: pods.terminating(pod, grace_s))
+        if left_s is None:
             for hook in self.deletion_hooks:
                 threading.Thread(target=hook, args=(pod,), daemon=True).start()
         return pod
+
+    def _end_pod(self, key: Key) -> Json:
+        """Two versions, as the real server makes them: no grace left, then gone."""
+        with self._store.lock:
+            self._store.change(key, lambda pod: pod and pods.terminating(pod, 0))
+            return self._store.change(key, lambda _: None)
 
     def _empty_namespace(self, namespace: str) -> None:
         for resource in ("pods", "events"):
@@ -153,12 +148,13 @@ class Operations:
                 if key[1] == namespace:
                     self._store.change(key, lambda _: None)
 
-    def remove(self, key: Key, uid: str | None = None) -> None:
+    def end_pod(self, namespace: str, name: str, uid: str | None) -> None:
         """Gone at once, if it is (still) there."""
+        key = ("pods", namespace, name)
         with self._store.lock:
-            obj = self._store.get(key)
-            if obj is not None and uid in (None, obj["metadata"]["uid"]):
-                self._store.change(key, lambda _: None)
+            pod = self._store.get(key)
+            if pod is not None and uid in (None, pod["metadata"]["uid"]):
+                self._end_pod(key)
 
     def ensure(self, resource_name: str, obj: Json) -> None:
         try:
@@ -178,14 +174,16 @@ def _settled(target: Target, old: Json, new: Json) -> Json:
     """The new object with the parts the server keeps: identity always, status or all but it."""
     before, after = old["metadata"], new.get("metadata") or {}
     name = target.name
+    if after.get("name") != name:
+        raise bad_request(
+            f"the name of the object ({after.get('name')}) does not match the name on the URL "
+            f"({name})"
+        )
     if after.get("resourceVersion") not in (None, "", before["resourceVersion"]):
         raise modified_meanwhile(target.resource.name, name)
     if after.get("uid") not in (None, "", before["uid"]):
-        why = (
-            f"Precondition failed: UID in precondition: {after['uid']}, "
-            f"UID in object meta: {before['uid']}"
-        )
-        raise conflict(target.resource.name, name, why)
+        why = f'Invalid value: "{after["uid"]}": field is immutable'
+        raise invalid(target.resource.kind, name, "metadata.uid", why)
     server_owned = (
         "name",
         "namespace",
@@ -212,7 +210,8 @@ def _check_preconditions(target: Target, obj: Json, wanted: Json) -> None:
     for key, name in (("uid", "UID"), ("resourceVersion", "ResourceVersion")):
         if wanted.get(key) not in (None, obj["metadata"][key]):
             why = (
-                f"Precondition failed: {name} in precondition: {wanted[key]}, "
-                f"{name} in object meta: {obj['metadata'][key]}"
+                f"the {name} in the precondition ({wanted[key]}) does not match the {name} in "
+                f"record ({obj['metadata'][key]}). The object might have been deleted and then "
+                "recreated"
             )
-            raise conflict(target.resource.name, target.name, why)
+            raise conflict(target.resource.kind, target.name, why)

@@ -112,9 +112,8 @@ def _json_patch(current: Json, patch: Any) -> Json:  # noqa: ANN401 (JSON)
         try:
             _json_patch_step(document, step)
         except (KeyError, IndexError, ValueError, TypeError) as problem:
-            raise ApiError(
-                422, "Invalid", f"the server rejected our request: {step}: {problem!r}"
-            ) from problem
+            message = "the server rejected our request due to an error in our request"
+            raise ApiError(422, "Invalid", message, details={}) from problem
     return document
 
 

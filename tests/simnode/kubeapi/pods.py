@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from .errors import ApiError, Json, bad_request, invalid
+from .errors import Json, bad_request, invalid
 from .resources import Resource
 
 ANNOTATIONS_MAX_BYTES = 256 * 1024
@@ -49,8 +49,7 @@ def as_created(resource: Resource, namespace: str, body: Json) -> Json:
     given = posted.get("namespace") or namespace
     if given != namespace:
         raise bad_request(
-            f"the namespace of the provided object does not match the namespace sent on the "
-            f"request ({given} and {namespace})"
+            "the namespace of the provided object does not match the namespace sent on the request"
         )
     name = posted.get("name") or _generated(posted.get("generateName"))
     kept = ("labels", "annotations", "ownerReferences", "finalizers", "generateName")
@@ -61,6 +60,9 @@ def as_created(resource: Resource, namespace: str, body: Json) -> Json:
     obj = {**body, "kind": resource.kind, "apiVersion": "v1", "metadata": metadata}
     if resource.name == "pods":
         obj = _completed_pod(obj)
+    if resource.name == "events":
+        # Fields of the newer events API, written even when empty.
+        obj = {"eventTime": None, "reportingComponent": "", "reportingInstance": "", **obj}
     check(resource, obj)
     return obj
 
@@ -103,7 +105,9 @@ def check(resource: Resource, obj: Json) -> None:
     metadata = obj["metadata"]
     name = metadata.get("name")
     if not name:
-        raise invalid(resource.kind, "", "metadata.name", "Required value: name is required")
+        raise invalid(
+            resource.kind, "", "metadata.name", "Required value: name or generateName is required"
+        )
     if not isinstance(name, str) or not _DNS_SUBDOMAIN.fullmatch(name):
         why = f'Invalid value: "{name}": a lowercase RFC 1123 subdomain is wanted'
         raise invalid(resource.kind, str(name), "metadata.name", why)
@@ -112,6 +116,11 @@ def check(resource: Resource, obj: Json) -> None:
     _check_annotations(resource, name, metadata.get("annotations") or {})
     if resource.name == "pods":
         _check_containers(name, obj)
+    if resource.name == "events":
+        about = obj.get("involvedObject", {}).get("namespace") or "default"
+        if about != metadata["namespace"]:
+            why = f'Invalid value: "{about}": does not match event.namespace'
+            raise invalid("Event", name, "involvedObject.namespace", why)
 
 
 def _check_strings(field: str, values: object) -> None:
@@ -153,9 +162,8 @@ def check_update(resource: Resource, old: Json, new: Json) -> None:
     """What must not change once an object exists."""
     check(resource, new)
     if resource.name == "pods" and _without_images(old) != _without_images(new):
-        why = "pod updates may not change fields other than `spec.containers[*].image`"
-        message = f'Pod "{new["metadata"]["name"]}" is invalid: spec: Forbidden: {why}'
-        raise ApiError(422, "Invalid", message)
+        why = "Forbidden: pod updates may not change fields other than `spec.containers[*].image`"
+        raise invalid("Pod", new["metadata"]["name"], "spec", why)
 
 
 def _without_images(pod: Json) -> Json:

@@ -11,12 +11,7 @@ from .errors import Json, not_acceptable
 from .resources import Resource
 
 META_V1 = "meta.k8s.io/v1"
-_OFFERED = (
-    "only the following media types are accepted: application/json, "
-    "application/json;as=Table;g=meta.k8s.io;v=v1, "
-    "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, "
-    "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-)
+_OFFERED = "only the following media types are accepted: application/json"
 
 
 def encode(value: object) -> bytes:
@@ -105,24 +100,13 @@ class Representation:
             return {}
         return {"object": obj if self.include_object == "Object" else partial(obj)}
 
-    def bookmark(self, resource: Resource, version: int, *, initial_end: bool) -> Json:
+    def bookmark(self, resource: Resource, metadata: Json) -> Json:
         """An object that says nothing but how far the watch has come."""
-        metadata: Json = {"resourceVersion": str(version), "creationTimestamp": None}
-        if initial_end:
-            metadata["annotations"] = {"k8s.io/initial-events-end": "true"}
-        obj: Json = {"kind": resource.kind, "apiVersion": "v1", "metadata": metadata}
-        if self.form == "PartialObjectMetadata":
-            return partial(obj)
-        if self.form == "Table":
-            return {
-                "kind": "Table",
-                "apiVersion": META_V1,
-                "metadata": {"resourceVersion": str(version)},
-                "columnDefinitions": tables.columns(resource),
-                "rows": [{"cells": [], "object": partial(obj)}],
-            }
         # The real one is a typed object with every field empty.
-        return {**obj, "spec": {"containers": None}, "status": {}} if obj["kind"] == "Pod" else obj
+        body = {"spec": {"containers": None}, "status": {}} if resource.name == "pods" else {}
+        return self.one(
+            resource, {"kind": resource.kind, "apiVersion": "v1", "metadata": metadata, **body}
+        )
 
 
 def partial(obj: Json) -> Json:

@@ -35,6 +35,7 @@ from .traffic import Request, Traffic
 from .watch import Stream, Watch, Watches, WatchOptions, is_true
 
 _MAX_BODY_BYTES = 3 * 1024 * 1024
+_TEXT = "text/plain; charset=utf-8"
 _VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
@@ -137,11 +138,9 @@ class Handler(BaseHTTPRequestHandler):
         verb = _VERBS[self.command]
         if (verb in ("create",)) is bool(target.name) and verb != "get":
             raise method_not_allowed()
-        if verb != "get":
+        if verb != "get" or target.name:
             return verb
-        if is_true(self._query.get("watch")):
-            return "watch"
-        return "get" if target.name else "list"
+        return "watch" if is_true(self._query.get("watch")) else "list"
 
     def _note(self, verb: str, target: Target) -> None:
         self._context.traffic.note(
@@ -172,12 +171,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, representation.many(target.resource, objects, metadata))
 
     def _watch(self, target: Target) -> None:
-        query = dict(self._query)
-        if target.name:
-            query["fieldSelector"] = f"metadata.name={target.name}"
-        watch_list = discovery.supports_watch_list(self._context.version)
-        options = WatchOptions.parse(query, watch_list=watch_list)
         context = self._context
+        options = WatchOptions.parse(self._query, context.version)
         watch = Watch(
             context.store, target.resource, target.namespace, self._representation(), options
         )
@@ -235,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer_bytes(200, aggregated, body)
             return
         if path in ("/healthz", "/livez", "/readyz"):
-            self._answer_bytes(200, "text/plain; charset=utf-8", b"ok")
+            self._answer_bytes(200, _TEXT, b"ok")
             return
         if path == "/openapi/v2":
             self._answer_bytes(200, discovery.OPENAPI_V2_TYPE, discovery.OPENAPI_V2_PROTOBUF)
@@ -249,7 +244,8 @@ class Handler(BaseHTTPRequestHandler):
             "/openapi/v3/api/v1": lambda: discovery.openapi_v3_core(version),
         }
         if path not in documents:
-            raise no_such_path()
+            self._answer_bytes(404, _TEXT, b"404 page not found\n")
+            return
         self._answer(200, documents[path]())
 
     # ------------------------------------------------------------------------ answers
@@ -261,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         media, body = "application/json", encode(problem.status)
         if problem.code == HTTPStatus.TOO_MANY_REQUESTS:
             # The real server's limiter answers before anything that could write a Status.
-            media, body = "text/plain; charset=utf-8", f"{problem}\n".encode()
+            media, body = _TEXT, f"{problem}\n".encode()
         self._answer_bytes(problem.code, media, body, problem.headers)
 
     def _head(self, code: int, media: str, headers: Mapping[str, str]) -> bytes:

@@ -71,8 +71,8 @@ def _pod(pod: Json) -> list[Any]:
     ready = sum(1 for container in containers if container.get("ready"))
     restarts = sum(container.get("restartCount", 0) for container in containers)
     return [
-        pod["metadata"]["name"],
-        f"{ready}/{len(spec.get('containers', []))}",
+        pod["metadata"].get("name", ""),
+        f"{ready}/{len(spec.get('containers') or [])}",
         _pod_status(pod, containers),
         str(restarts),
         age(pod["metadata"].get("creationTimestamp")),
@@ -104,7 +104,7 @@ def _node(node: Json) -> list[Any]:
     info = status.get("nodeInfo", {})
     addresses = {a["type"]: a["address"] for a in status.get("addresses", [])}
     return [
-        node["metadata"]["name"],
+        node["metadata"].get("name", ""),
         shown,
         "<none>",
         age(node["metadata"].get("creationTimestamp")),
@@ -117,7 +117,7 @@ def _node(node: Json) -> list[Any]:
 def _namespace(namespace: Json) -> list[Any]:
     metadata = namespace["metadata"]
     phase = namespace.get("status", {}).get("phase", "")
-    return [metadata["name"], phase, age(metadata.get("creationTimestamp"))]
+    return [metadata.get("name", ""), phase, age(metadata.get("creationTimestamp"))]
 
 
 def _event(event: Json) -> list[Any]:
@@ -135,7 +135,7 @@ def _event(event: Json) -> list[Any]:
         event.get("message", "").strip(),
         age(first),
         str(series.get("count") or event.get("count") or 1),
-        event["metadata"]["name"],
+        event["metadata"].get("name", ""),
     ]
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from .discovery import supports_watch_list
 from .errors import ApiError, Json, bad_request, injected, invalid_list_option
 from .faults import Faults
 from .listing import number
@@ -40,22 +41,28 @@ class WatchOptions:
     bookmarks: bool
     timeout_s: int
     initial_events: bool | None  # sendInitialEvents, None: not said
+    zero_time: bool  # an old server: a time that is not set is written, as null
 
     @classmethod
-    def parse(cls, query: Mapping[str, str], *, watch_list: bool) -> WatchOptions:
+    def parse(cls, query: Mapping[str, str], k8s: tuple[int, int]) -> WatchOptions:
+        watch_list = supports_watch_list(k8s)
         initial = query.get("sendInitialEvents")
         match = query.get("resourceVersionMatch", "")
         _check_initial_events(initial, match, watch_list=watch_list)
         if query.get("continue"):
             raise bad_request("continue is forbidden for watch")
         number(query, "resourceVersion")
+        version = query.get("resourceVersion", "")
+        if watch_list and initial is None and version in ("", "0"):
+            initial = "true"  # the server's default: such a watch marks the end of the beginning
         return cls(
             field_selector=query.get("fieldSelector", ""),
             label_selector=query.get("labelSelector", ""),
-            version=query.get("resourceVersion", ""),
+            version=version,
             bookmarks=is_true(query.get("allowWatchBookmarks")),
             timeout_s=number(query, "timeoutSeconds"),
             initial_events=None if initial is None else is_true(initial),
+            zero_time=k8s < (1, 34),
         )
 
 
@@ -98,6 +105,7 @@ class Watch:
         self._namespace = namespace
         self._representation = representation
         self._matches: Predicate = matcher(resource, options.field_selector, options.label_selector)
+        self._zero_time = options.zero_time
         self._queue: deque[Record | Order] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open = True
@@ -188,8 +196,12 @@ class Watch:
             if self._queue and not initial_end:
                 return None
             version = self.version if initial_end else self._store.version
-        obj = self._representation.bookmark(self._resource, version, initial_end=initial_end)
-        return self._line("BOOKMARK", obj)
+        metadata: Json = {"resourceVersion": str(version)}
+        if self._zero_time:
+            metadata["creationTimestamp"] = None
+        if initial_end:
+            metadata["annotations"] = {"k8s.io/initial-events-end": "true"}
+        return self._line("BOOKMARK", self._representation.bookmark(self._resource, metadata))
 
     @staticmethod
     def error(problem: ApiError) -> bytes:
