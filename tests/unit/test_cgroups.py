@@ -1,0 +1,255 @@
+"""The cgroup parser: real and hostile samples, and what no process can do to its own path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enforcer.cgroups import pod_of, root_above
+from enforcer.policy import Stranger
+
+
+class Sample(TypedDict):
+    name: str
+    text: str
+    anchor: str
+    pod_uid: str | None
+    note: str
+
+
+SAMPLES: list[Sample] = json.loads(
+    (Path(__file__).parent / "data" / "cgroup_samples.json").read_text()
+)
+USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
+OWN = "2c1f7a54-0b6e-4d0b-9a51-3f4f7c9f0a11"
+VICTIM = "9f0e1d2c-3b4a-4958-8776-655443322110"
+CONTAINER = "3fa9" * 16
+
+
+def bytes_of(sample: Sample) -> bytes:
+    """The file as the kernel would give it; one sample spells bytes as latin-1 characters."""
+    return sample["text"].encode("latin-1" if "latin1" in sample["name"] else "utf-8")
+
+
+def systemd_slice(uid: str, qos: str = "burstable", nested: str = "") -> str:
+    infix, low = f"-{qos}" if qos else "", uid.replace("-", "_")
+    middle = f"{nested}kubepods-{qos}.slice/" if qos else ""
+    return f"{nested}kubepods.slice/{middle}{nested}kubepods{infix}-pod{low}.slice"
+
+
+def cgroupfs_path(uid: str, qos: str = "burstable") -> str:
+    return f"kubepods/{qos + '/' if qos else ''}pod{uid}"
+
+
+def test_all_samples_are_here() -> None:
+    assert len(SAMPLES) == 67
+    assert len({sample["name"] for sample in SAMPLES}) == 67
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample["name"])
+def test_sample(sample: Sample) -> None:
+    found = pod_of(bytes_of(sample), (sample["anchor"],))
+    assert (None if isinstance(found, Stranger) else found) == sample["pod_uid"]
+
+
+POSITIVE = [sample for sample in SAMPLES if sample["pod_uid"] is not None]
+
+
+@pytest.mark.parametrize("sample", POSITIVE, ids=lambda sample: sample["name"])
+def test_sample_shows_its_root(sample: Sample) -> None:
+    """The enforcer's own cgroup, whatever the runtime, shows where pods live."""
+    assert root_above(bytes_of(sample)) == sample["anchor"]
+
+
+@pytest.mark.parametrize("sample", POSITIVE, ids=lambda sample: sample["name"])
+def test_sample_under_another_root_is_no_pod(sample: Sample) -> None:
+    assert pod_of(bytes_of(sample), ("/somewhere",)) is Stranger.OTHER
+    below = sample["text"].replace(":/", ":/machine.slice/box.scope/").encode()
+    assert pod_of(below, (sample["anchor"],)) is Stranger.OTHER
+
+
+RELATIVE = [s for s in SAMPLES if "/.." in s["text"]]
+
+
+@pytest.mark.parametrize("sample", RELATIVE, ids=lambda sample: sample["name"])
+def test_a_path_relative_to_a_private_namespace_is_unknown_not_other(sample: Sample) -> None:
+    """OTHER would let a GPU be given back (I5)."""
+    assert pod_of(bytes_of(sample), USUAL_ROOTS) is Stranger.UNKNOWN
+    assert root_above(bytes_of(sample)) is None
+
+
+@pytest.mark.parametrize("nested", ["", "kubelet-"], ids=["plain", "nested"])
+@pytest.mark.parametrize("qos", ["", "burstable", "besteffort"], ids=["guaranteed", "b", "be"])
+@pytest.mark.parametrize("uid", [OWN, "9aac5b5c8815def09a2ef9e37b89da55"], ids=["uuid", "md5"])
+def test_every_driver_qos_and_kind_of_uid(uid: str, qos: str, nested: str) -> None:
+    root = "/kubelet.slice" if nested else ""
+    for below in ("", f"/cri-containerd-{CONTAINER}.scope", "/x/kubepods/pod"):
+        text = f"0::{root}/{systemd_slice(uid, qos, nested)}{below}\n".encode()
+        assert pod_of(text, USUAL_ROOTS) == uid
+        assert root_above(text) == (root or "/")
+    if not nested:
+        assert pod_of(f"0::/{cgroupfs_path(uid, qos)}/{CONTAINER}\n".encode(), USUAL_ROOTS) == uid
+
+
+HOSTILE_NO_POD = {
+    "user-session": f"0::/user.slice/user-1000.slice/user@1000.service/{systemd_slice(VICTIM)}",
+    "user-slice-cgroupfs": f"0::/user.slice/{cgroupfs_path(VICTIM)}/{CONTAINER}",
+    "below-a-usual-root-s-child": f"0::/kubelet.slice/x/{systemd_slice(VICTIM)}",
+    "kubepods-sibling": f"0::/kubepods2/burstable/pod{VICTIM}/{CONTAINER}",
+    "kubepods-suffix": f"0::/xkubepods/burstable/pod{VICTIM}/{CONTAINER}",
+    "unknown-qos": f"0::/kubepods/guaranteed/pod{VICTIM}/{CONTAINER}",
+    "uid-too-long": f"0::/kubepods/burstable/pod{VICTIM}0/{CONTAINER}",
+    "uid-with-a-suffix": f"0::/kubepods/burstable/pod{VICTIM}.slice/{CONTAINER}",
+    "uid-33-digits": f"0::/kubepods/burstable/pod{'a' * 33}",
+    "uid-31-digits": f"0::/kubepods/burstable/pod{'a' * 31}",
+    "underscores-under-cgroupfs": f"0::/kubepods/pod{VICTIM.replace('-', '_')}",
+    "dashes-under-systemd": f"0::/kubepods.slice/kubepods-pod{VICTIM}.slice",
+    "double-slash": f"0:://kubepods/burstable/pod{VICTIM}",
+    "unicode-digits": "0::/kubepods/pod９f0e1d2c-3b4a-4958-8776-655443322110",
+    "pod-without-kubepods": f"0::/pod{VICTIM}/{CONTAINER}",
+    "systemd-qos-without-its-root": f"0::/{systemd_slice(VICTIM).split('/', 1)[1]}",
+    "empty-name-between": f"0::/kubepods//pod{VICTIM}",
+    "only-the-root": "0::/kubepods",
+    "deleted-root": "0::/kubepods (deleted)",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE_NO_POD.values(), ids=HOSTILE_NO_POD.keys())
+def test_hostile_path_is_no_pod(text: str) -> None:
+    assert pod_of(f"{text}\n".encode(), USUAL_ROOTS) is Stranger.OTHER
+    assert pod_of(f"{text}\n12:cpu:/\n".encode(), USUAL_ROOTS) is Stranger.OTHER
+
+
+NONSENSE = {
+    "empty": b"",
+    "only-a-newline": b"\n",
+    "no-colon": b"kubepods\n",
+    "one-colon": b"0:/kubepods\n",
+    "relative": b"0::kubepods/pod\n",
+    "blank-line-between": f"0::/{cgroupfs_path(OWN)}\n\n1:cpu:/\n".encode(),
+    "no-number": f":: /{cgroupfs_path(OWN)}\n".encode(),
+    "letters-for-a-number": f"x::/{cgroupfs_path(OWN)}\n".encode(),
+    "cut-before-the-path": f"0::/{cgroupfs_path(OWN)}\n1:cpu".encode(),
+    "dots-after-the-own-pod": f"0::/{cgroupfs_path(OWN)}/../pod{VICTIM}\n".encode(),
+    "dots-at-the-end": f"0::/{cgroupfs_path(OWN)}/..\n".encode(),
+}
+
+
+@pytest.mark.parametrize("text", NONSENSE.values(), ids=NONSENSE.keys())
+def test_what_no_kernel_writes_is_unknown(text: bytes) -> None:
+    assert pod_of(text, USUAL_ROOTS) is Stranger.UNKNOWN
+    assert root_above(text) is None
+
+
+def test_lines_that_name_different_pods_are_unknown() -> None:
+    text = f"1:cpu:/{cgroupfs_path(OWN)}\n0::/{cgroupfs_path(VICTIM)}\n".encode()
+    assert pod_of(text, USUAL_ROOTS) is Stranger.UNKNOWN
+
+
+def test_lines_of_other_hierarchies_do_not_hide_the_pod() -> None:
+    text = f"2:cpu:/\n1:name=systemd:/user.slice\n0::/{cgroupfs_path(OWN)}/{CONTAINER}\n"
+    assert pod_of(text.encode(), USUAL_ROOTS) == OWN
+
+
+def test_the_root_is_anchored_also_with_a_slash_at_its_end() -> None:
+    text = f"0::/kubelet.slice/{systemd_slice(OWN, nested='kubelet-')}\n".encode()
+    assert pod_of(text, ("/kubelet.slice/",)) == OWN
+    assert pod_of(text, ("/",)) is Stranger.OTHER
+    assert pod_of(text, ("/kubelet",)) is Stranger.OTHER  # a prefix of the name is not the place
+
+
+def test_names_with_colons_blanks_and_bytes_of_no_encoding() -> None:
+    below = b"/a:b:c/with blanks/\\x2d/\xff\xfe/ (deleted)/\x01"
+    text = b"0::/" + cgroupfs_path(OWN).encode() + below + b"\n"
+    assert pod_of(text, USUAL_ROOTS) == OWN
+
+
+def test_a_removed_cgroup_is_still_its_pods() -> None:
+    assert pod_of(f"0::/{cgroupfs_path(OWN)} (deleted)\n".encode(), USUAL_ROOTS) == OWN
+
+
+def test_a_very_long_path_is_read_to_its_end() -> None:
+    text = f"9:cpu:{'/x' * 200_000}\n0::/{cgroupfs_path(OWN)}{'/y' * 200_000}\n".encode()
+    assert pod_of(text, USUAL_ROOTS) == OWN
+
+
+def test_root_above_takes_the_outermost_pod() -> None:
+    """The enforcer in a pod of a node that is itself a pod sees the outer node's kubepods."""
+    text = f"0::/{cgroupfs_path(OWN)}/{CONTAINER}/kubelet.slice/{cgroupfs_path(VICTIM)}\n"
+    assert root_above(text.encode()) == "/"
+
+
+@pytest.mark.parametrize("text", [b"0::/\n", b"0::/system.slice/sshd.service\n", b"0::/../../x\n"])
+def test_root_above_is_none_outside_any_pod(text: bytes) -> None:
+    assert root_above(text) is None
+
+
+# ---- properties ----
+
+BYTES = st.one_of(
+    st.binary(max_size=200),
+    st.text("0123456789:/.-_kubepodsurtlicen\n ", max_size=120).map(str.encode),
+    st.sampled_from([bytes_of(s) for s in SAMPLES]).flatmap(
+        lambda text: st.integers(0, len(text)).map(lambda cut: text[:cut])
+    ),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(BYTES, st.lists(st.sampled_from((*USUAL_ROOTS, "/x")), max_size=3))
+def test_no_bytes_raise(text: bytes, roots: list[str]) -> None:
+    found = pod_of(text, roots)
+    assert isinstance(found, (str, Stranger))
+    root = root_above(text)
+    assert root is None or root.startswith("/")
+    if root is not None:
+        assert pod_of(text, (root,)) is not Stranger.OTHER
+
+
+@pytest.mark.parametrize("sample", POSITIVE, ids=lambda sample: sample["name"])
+def test_a_cut_anywhere_never_names_another_pod(sample: Sample) -> None:
+    text = bytes_of(sample)
+    for end in range(len(text)):
+        found = pod_of(text[:end], (sample["anchor"],))
+        assert isinstance(found, Stranger) or found == sample["pod_uid"]
+
+
+MIMICS = st.lists(
+    st.sampled_from(
+        (
+            *systemd_slice(VICTIM).split("/"),
+            *systemd_slice(VICTIM, nested="kubelet-").split("/"),
+            *cgroupfs_path(VICTIM).split("/"),
+            cgroupfs_path(VICTIM),
+            systemd_slice(VICTIM, ""),
+            f"kubepods-burstable-pod{VICTIM.replace('-', '_')}.slice:cri-containerd:{CONTAINER}",
+            f"cri-containerd-{CONTAINER}.scope",
+            "kubelet.slice",
+            "kubelet",
+            "x y",
+            "1:cpu:",
+            " (deleted)",
+        )
+    ),
+    min_size=1,
+    max_size=6,
+).map("/".join)
+# Where only root makes cgroups: the root, and the kubelet's own between it and the pods.
+ROOTS_OWN = ("host-root", "host-kubepods-slice-itself", "v1-mixed-controllers")
+WHOLE = [s for s in SAMPLES if s["text"].endswith("\n") and s["name"] not in ROOTS_OWN]
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from(WHOLE), MIMICS)
+def test_a_mimicked_cgroup_below_a_process_s_own_never_changes_the_answer(
+    sample: Sample, below: str
+) -> None:
+    own = bytes_of(sample)
+    inside = b"\n".join(line + b"/" + below.encode() for line in own.rstrip(b"\n").split(b"\n"))
+    for roots in (USUAL_ROOTS, (sample["anchor"],)):
+        assert pod_of(inside + b"\n", roots) == pod_of(own, roots)
