@@ -1,0 +1,456 @@
+"""The ledger on real directories: nothing is lost, nothing is guessed, one owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from enforcer.ledger import Ledger, LedgerError
+from enforcer.policy import Owned
+
+BOOT, OTHER_BOOT = "11111111-aaaa", "22222222-bbbb"
+FIRST = {
+    "GPU-1": Owned(700_000, 300_000, frozenset({"pod-a", "pod-b"}), 1_700_000_000.25),
+    "GPU-2": Owned(450_500, 200_000, frozenset({"pod-c"}), 1_700_000_001.0),
+}
+SECOND = {
+    "GPU-1": Owned(700_000, 250_000, frozenset({"pod-a"}), 1_700_000_000.25),
+    "GPU-3": Owned(72_000, 40_000, frozenset({"pod-d"}), 1_700_000_002.0),
+}
+
+
+def reopened(folder: Path, boot_id: str = BOOT) -> tuple[Mapping[str, Owned], list[str]]:
+    """What a new enforcer on this folder adopts, and what it says."""
+    ledger = Ledger(folder, boot_id)
+    said = ledger.load()
+    return ledger.entries, said
+
+
+def written(folder: Path, *generations: Mapping[str, Owned]) -> Ledger:
+    ledger = Ledger(folder, BOOT)
+    for entries in generations:
+        ledger.store(entries, durable=True)
+    return ledger
+
+
+def previous(ledger: Ledger) -> Path:
+    (found,) = (path for path in ledger.path.parent.glob("*.json") if path != ledger.path)
+    return found
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST)
+    assert ledger.entries == FIRST
+    assert reopened(tmp_path) == (FIRST, [])
+
+
+def test_nothing_there_is_an_empty_ledger_without_a_word(tmp_path: Path) -> None:
+    assert reopened(tmp_path / "new" / "folder") == ({}, [])
+
+
+def test_a_store_replaces_everything(tmp_path: Path) -> None:
+    written(tmp_path, FIRST, SECOND)
+    assert reopened(tmp_path) == (SECOND, [])
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_each_write_leaves_the_generation_before_it(tmp_path: Path, durable: bool) -> None:
+    ledger = written(tmp_path, FIRST)
+    before = ledger.path.read_bytes()
+    ledger.store(SECOND, durable=durable)
+    assert previous(ledger).read_bytes() == before
+    ledger.store({}, durable=durable)
+    assert json.loads(ledger.path.read_bytes())["gpus"] == {}
+    assert set(json.loads(previous(ledger).read_bytes())["gpus"]) == set(SECOND)
+
+
+def test_it_is_for_the_owner_only(tmp_path: Path) -> None:
+    ledger = written(tmp_path / "state", FIRST)
+    assert ledger.path.stat().st_mode & 0o077 == 0
+    assert ledger.path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_truncated_at_every_byte_adopts_the_generation_before(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    whole, before = ledger.path.read_bytes(), previous(ledger)
+    kept = before.read_bytes()
+    for length in range(len(whole)):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        ledger.path.write_bytes(whole[:length])
+        before.write_bytes(kept)
+        entries, said = reopened(tmp_path)
+        if length == len(whole) - 1:  # only the last newline is missing
+            assert (entries, said) == (SECOND, [])
+            continue
+        assert entries == FIRST, length
+        assert any("damaged" in text for text in said)
+        assert any("generation before" in text for text in said)
+
+
+def test_truncated_at_every_byte_without_another_generation_starts_empty(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST)
+    whole = ledger.path.read_bytes()
+    for length in range(len(whole) - 1):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        ledger.path.write_bytes(whole[:length])
+        entries, said = reopened(tmp_path)
+        assert entries == {}
+        assert said
+
+
+DAMAGE = {
+    "garbage": b"\x00\xff\xfe garbage \x80",
+    "empty": b"",
+    "not-an-object": b"[]",
+    "null": b"null",
+    "newer-format": json.dumps({"version": 2, "boot_id": BOOT, "gpus": {}}).encode(),
+    "no-version": json.dumps({"boot_id": BOOT, "gpus": {}}).encode(),
+    "unknown-field": json.dumps({"version": 1, "boot_id": BOOT, "gpus": {}, "x": 1}).encode(),
+    "deeply-nested": b"[" * 100_000,
+    "two-documents": b'{"version":1,"boot_id":"11111111-aaaa","gpus":{}}{}',
+    "larger-than-any-ledger": b" " * (5 << 20)
+    + json.dumps({"version": 1, "boot_id": BOOT, "gpus": {}}).encode(),
+}
+
+
+def with_entry(**changes: object) -> bytes:
+    entry = {"original_mw": 700_000, "set_mw": 300_000, "pods": ["a"], "since": 1.0} | changes
+    return json.dumps({"version": 1, "boot_id": BOOT, "gpus": {"GPU-1": entry}}).encode()
+
+
+DAMAGE |= {
+    "original-zero": with_entry(original_mw=0),
+    "original-negative": with_entry(original_mw=-1),
+    "original-null": with_entry(original_mw=None),
+    "original-fraction": with_entry(original_mw=700_000.5),
+    "original-text": with_entry(original_mw="700000"),
+    "original-huge": with_entry(original_mw=10**12),
+    "pods-text": with_entry(pods="a"),
+    "since-text": with_entry(since="x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_is_moved_aside_and_the_generation_before_adopted(
+    tmp_path: Path, damage: bytes
+) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.write_bytes(damage)
+    entries, said = reopened(tmp_path)
+    assert entries == FIRST
+    (aside,) = (path for path in tmp_path.iterdir() if "damaged" in path.name)
+    assert aside.read_bytes() == damage
+    assert any(aside.name in text and str(ledger.path) in text for text in said)
+
+
+def test_both_generations_damaged_start_empty_and_both_are_kept(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.write_bytes(b"one")
+    previous(ledger).write_bytes(b"other")
+    entries, said = reopened(tmp_path)
+    assert entries == {}
+    assert len(said) >= 2
+    kept = {path.read_bytes() for path in tmp_path.iterdir() if "damaged" in path.name}
+    assert kept == {b"one", b"other"}
+
+
+def test_after_damage_the_next_store_works_and_loses_nothing(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.write_bytes(b"garbage")
+    fresh = Ledger(tmp_path, BOOT)
+    fresh.load()
+    fresh.store({**fresh.entries, **SECOND}, durable=True)
+    assert reopened(tmp_path) == ({**FIRST, **SECOND}, [])
+
+
+def test_the_generation_before_is_adopted_where_the_file_is_missing(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.unlink()
+    entries, said = reopened(tmp_path)
+    assert entries == FIRST
+    assert said
+
+
+def test_entries_of_another_boot_are_dropped_and_said(tmp_path: Path) -> None:
+    written(tmp_path, FIRST)
+    entries, said = reopened(tmp_path, OTHER_BOOT)
+    assert entries == {}
+    assert any("GPU-1" in text and "GPU-2" in text for text in said)
+
+
+def test_the_generation_before_of_another_boot_is_dropped_too(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.write_bytes(b"garbage")
+    assert reopened(tmp_path, OTHER_BOOT)[0] == {}
+
+
+def test_an_empty_ledger_of_another_boot_is_no_news(tmp_path: Path) -> None:
+    written(tmp_path, {})
+    assert reopened(tmp_path, OTHER_BOOT) == ({}, [])
+
+
+# ---- things in its place ----
+
+
+def test_a_symlink_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    state = tmp_path / "state"
+    ledger = written(state, SECOND)
+    shutil.copy(ledger.path, outside)
+    written(state, FIRST, SECOND)
+    ledger.path.unlink()
+    ledger.path.symlink_to(outside)
+    entries, said = reopened(state)
+    assert entries == FIRST
+    assert said
+    assert outside.exists()
+
+
+def test_a_store_never_writes_through_a_symlink(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    ledger = written(tmp_path / "state", FIRST)
+    ledger.path.unlink()
+    ledger.path.symlink_to(outside)
+    ledger.store(SECOND, durable=True)
+    assert outside.read_text() == "precious"
+    assert reopened(tmp_path / "state")[0] == SECOND
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_directory_in_its_place_is_moved_aside(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.unlink()
+    ledger.path.mkdir()
+    (ledger.path / "kept").write_text("x")
+    entries, said = reopened(tmp_path)
+    assert entries == FIRST
+    assert said
+    assert list(tmp_path.glob("*damaged*/kept"))
+
+
+@pytest.mark.parametrize("obstacle", ["directory", "symlink"])
+def test_an_obstacle_where_the_next_generation_is_written_loses_nothing(
+    tmp_path: Path, obstacle: str
+) -> None:
+    """Every name that a store uses, found by letting a store fail half-way."""
+    ledger = written(tmp_path, FIRST)
+    next_name = tmp_path / "ledger.next"
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    if obstacle == "directory":
+        next_name.mkdir()
+    else:
+        next_name.symlink_to(outside)
+    with pytest.raises(LedgerError, match="cannot be written"):
+        ledger.store(SECOND, durable=True)
+    assert outside.read_text() == "precious"
+    assert ledger.entries == FIRST
+    assert reopened(tmp_path) == (FIRST, [])
+
+
+@pytest.mark.parametrize("kind", ["file", "symlink", "below-a-file", "dangling"])
+def test_a_state_dir_that_is_no_directory_names_the_setting(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "state"
+    if kind == "symlink":
+        (tmp_path / "real").mkdir()
+        place.symlink_to(tmp_path / "real")
+    elif kind == "dangling":
+        place.symlink_to(tmp_path / "nowhere")
+    else:
+        place.write_text("")
+    wanted = place / "below" if kind == "below-a-file" else place
+    with pytest.raises(LedgerError, match=r"POWER_AGENT_STATE_DIR=.*; name a directory") as caught:
+        Ledger(wanted, BOOT)
+    assert str(wanted) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- disks ----
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    ballast = disk / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return ballast
+
+
+@pytest.mark.root
+def test_a_full_disk_is_an_error_and_loses_nothing(small_disk: Path) -> None:
+    ledger = written(small_disk / "state", FIRST)
+    ballast = fill(small_disk)
+    for _ in range(3):
+        with pytest.raises(LedgerError, match="No space left") as caught:
+            ledger.store(SECOND, durable=True)
+        assert str(ledger.path) in str(caught.value)
+        assert ledger.entries == FIRST
+        assert reopened(small_disk / "state") == (FIRST, [])
+    ballast.unlink()
+    ledger.store(SECOND, durable=True)
+    assert reopened(small_disk / "state") == (SECOND, [])
+
+
+@pytest.mark.root
+def test_a_folder_that_can_no_longer_be_changed_is_an_error_and_loses_nothing(
+    small_disk: Path,
+) -> None:
+    state = small_disk / "state"
+    ledger = written(state, FIRST)
+    frozen = subprocess.run(["chattr", "+i", str(state)], capture_output=True, check=False)
+    if frozen.returncode != 0:
+        pytest.skip("this file system knows no immutable folders")
+    try:
+        with pytest.raises(LedgerError, match="cannot be written"):
+            ledger.store(SECOND, durable=False)
+        assert ledger.entries == FIRST
+        assert reopened(state) == (FIRST, [])
+    finally:
+        subprocess.run(["chattr", "-i", str(state)], check=True)
+
+
+@pytest.mark.root
+def test_a_read_only_disk_at_start_names_the_setting(small_disk: Path, tmp_path: Path) -> None:
+    written(tmp_path / "made-here", FIRST)  # its lock stays open and would keep the disk writable
+    shutil.copytree(tmp_path / "made-here", small_disk / "state")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for state in (small_disk / "state", small_disk / "new"):
+        with pytest.raises(LedgerError, match="POWER_AGENT_STATE_DIR=.*Read-only"):
+            Ledger(state, BOOT)
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert reopened(small_disk / "state") == (FIRST, [])
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from enforcer.ledger import Ledger, LedgerError
+from enforcer.policy import Owned
+limit = int(sys.argv[2])
+ledger = Ledger(Path(sys.argv[1]), "11111111-aaaa")
+ledger.load()
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+entries = {f"GPU-{k}": Owned(1000, 1000, frozenset({"pod"})) for k in range(50)}
+try:
+    ledger.store(entries, durable=True)
+except LedgerError as error:
+    assert len(ledger.entries) == 2, ledger.entries
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100, 4096])
+def test_a_write_that_is_cut_short_loses_nothing(tmp_path: Path, limit: int) -> None:
+    written(tmp_path, FIRST)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert reopened(tmp_path) == (FIRST, [])
+
+
+# ---- one owner ----
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from enforcer.ledger import Ledger
+ledger = Ledger(Path(sys.argv[1]), "boot")
+print(ledger.try_lock(), flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_i6_one_owner_across_processes_until_it_is_killed(tmp_path: Path) -> None:
+    with holder(tmp_path) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "True\n"
+        mine = Ledger(tmp_path, BOOT)
+        assert not mine.try_lock()
+        assert not mine.try_lock()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert mine.try_lock()
+        with holder(tmp_path) as second:
+            assert second.stdout is not None
+            assert second.stdout.readline() == "False\n"
+            second.communicate("")
+
+
+def test_i6_a_store_does_not_give_up_the_lock(tmp_path: Path) -> None:
+    mine = Ledger(tmp_path, BOOT)
+    assert mine.try_lock()
+    mine.store(FIRST, durable=True)
+    assert not Ledger(tmp_path, BOOT).try_lock()
+
+
+CRASHING = """
+import sys
+from pathlib import Path
+from enforcer.ledger import Ledger
+from enforcer.policy import Owned
+ledger = Ledger(Path(sys.argv[1]), "11111111-aaaa")
+ledger.load()
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    ledger.store({"GPU-1": Owned(700_000, 100_000 + number, frozenset({"pod"}))}, durable=False)
+"""
+
+
+@pytest.mark.parametrize("delay_ms", [1, 3, 7, 12, 20])
+def test_i9_killed_at_any_instant_of_a_store_the_original_stands(
+    tmp_path: Path, delay_ms: int
+) -> None:
+    written(tmp_path, {"GPU-1": Owned(700_000, 100_000, frozenset({"pod"}))})
+    with subprocess.Popen(
+        [sys.executable, "-c", CRASHING, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        with suppress(subprocess.TimeoutExpired):
+            writer.wait(delay_ms / 1000)
+        writer.kill()
+    entries, said = reopened(tmp_path)
+    assert said == []
+    assert entries["GPU-1"].original_mw == 700_000
