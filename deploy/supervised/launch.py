@@ -24,8 +24,8 @@ WATCHER_READS = {
 # program's settings, and hooks into Python. The rest stays, because the driver's library reads
 # variables that nobody lists, and KUBERNETES_SERVICE_HOST tells the enforcer where it runs.
 ENFORCER_MUST_NOT_SEE = (
-    "KUBECONFIG",
     "HTTP",
+    "KUBECONFIG",
     "NO_PROXY",
     "PYTHON",
     "SUPERVISOR_",

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,8 +34,10 @@ STAND_IN = """\
 import json, os, pathlib, signal, sys
 program = sys.argv[-1]
 def leave(*_):
-    print(json.dumps({{"component": program, "event": "stopped"}}), flush=True)
-    sys.exit(0)
+    try:
+        print(json.dumps({{"component": program, "event": "stopped"}}), flush=True)
+    finally:
+        os._exit(0)  # whatever the interpreter was at, and also where nobody reads
 signal.signal(signal.SIGTERM, leave)
 if (pathlib.Path({home!r}) / (program + ".broken")).exists():
     sys.exit(program + ": broken")
@@ -109,6 +111,13 @@ class Supervised:
         """Return the pids under which a program has started so far."""
         return [int(str(line["pid"])) for line in self.said(program, "started")]
 
+    def end_leftovers(self) -> None:
+        """Kill what a failed scenario left behind."""
+        for pid in self.pids("enforcer") + self.pids("watcher"):
+            with suppress(OSError):
+                if str(self.home).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
     def wait_for_starts(self, program: str, count: int, timeout_s: float = 15) -> int:
         """Wait until a program has started so often; return its latest pid."""
         eventually(lambda: len(self.pids(program)) >= count, timeout_s)
@@ -159,6 +168,8 @@ def running(home: Path) -> Iterator[Supervised]:
             supervised.process.kill()
             supervised.process.wait()
             raise
+        finally:
+            supervised.end_leftovers()
 
 
 def each_program_has_its_user_and_only_its_environment(home: Path) -> None:
