@@ -341,7 +341,7 @@ def test_a_read_only_disk_at_start_names_the_setting(small_disk: Path, tmp_path:
     shutil.copytree(tmp_path / "made-here", small_disk / "state")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for state in (small_disk / "state", small_disk / "new"):
-        with pytest.raises(LedgerError, match="POWER_AGENT_STATE_DIR=.*Read-only"):
+        with pytest.raises(LedgerError, match=r"POWER_AGENT_STATE_DIR=.*Read-only"):
             Ledger(state, BOOT)
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert reopened(small_disk / "state") == (FIRST, [])
