@@ -6,7 +6,7 @@ import textwrap
 import msgspec
 
 from shared import messages
-from shared.powerctl.tables import duration, escape, gpu_label, pod_names, watts
+from shared.powerctl.tables import cgroup_lines, duration, escape, gpu_label, pod_names, watts
 
 _LABEL = 12
 _WIDTH = 100
@@ -118,11 +118,16 @@ def _processes(gpu: messages.Gpu, names: dict[str, str]) -> list[str]:
         return _field("processes", "none")
     lines = []
     for number, process in enumerate(gpu.processes):
-        owner = {"other": "no annotated pod", "unknown": "owner unknown"}.get(process.owner)
-        owner = owner or names.get(process.owner) or f"pod {process.owner}, not annotated"
-        text = f"pid {process.pid} of {owner}, by {process.evidence or 'no evidence'}"
-        lines += _field("" if number else "processes", escape(text))
+        lines += _field("" if number else "processes", escape(_process(process, names)))
     return lines
+
+
+def _process(process: messages.Process, names: dict[str, str]) -> str:
+    if not process.pid:
+        return f"the list cannot be read: {process.evidence}"
+    owner = {"other": "no known pod", "unknown": "an owner unknown"}.get(process.owner)
+    owner = owner or names.get(process.owner) or f"pod {process.owner}, not annotated"
+    return f"pid {process.pid} of {owner}, by {cgroup_lines(process.evidence) or 'no evidence'}"
 
 
 def _asked(gpu: messages.Gpu, reply: messages.StatusReply) -> list[str]:

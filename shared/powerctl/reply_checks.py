@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from shared import messages
 from shared.powerctl.check import LOG, Check, fail, warn
-from shared.powerctl.tables import duration, gpu_label, watts
+from shared.powerctl.tables import cgroup_lines, duration, gpu_label, watts
 
 _SAMPLES = 5
 
@@ -90,7 +90,9 @@ def owners(reply: messages.StatusReply) -> Iterator[Check]:
         found = [
             (p.pid, p.evidence) for gpu in reply.gpus for p in gpu.processes if p.owner == owner
         ]
-        samples = "; ".join(f"pid {pid}: {line or 'no line'}" for pid, line in found[:_SAMPLES])
+        samples = "; ".join(
+            f"pid {pid}: {cgroup_lines(line) or 'no line'}" for pid, line in found[:_SAMPLES]
+        )
         astray = owner == "other" and any("kubepods" in line for _, line in found)
         if not found:
             yield Check(name=name, seen="none")

@@ -68,6 +68,16 @@ def pod_names(reply: messages.StatusReply) -> dict[str, str]:
     return {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in reply.pods}
 
 
+def cgroup_lines(evidence: str) -> str:
+    """Return the lines of one cgroup file, those that repeat a path or name the root left out.
+
+    A v1 host shows a dozen hierarchies, nearly always with the same path.
+    """
+    lines = {line.split(":", 2)[-1]: line for line in reversed(evidence.splitlines())}
+    telling = [line for path, line in reversed(lines.items()) if path != "/"]
+    return "; ".join(telling or list(lines.values())[:1])
+
+
 def gpu_label(gpu: messages.Gpu) -> str:
     """Return how one names this GPU: its index, or its uuid while it has none."""
     return escape(gpu.uuid) if gpu.index is None else str(gpu.index)
@@ -124,10 +134,9 @@ def table(
 def event(message: messages.Event) -> str:
     """Return one decision as one line."""
     when = datetime.fromtimestamp(message.ts, UTC).isoformat(timespec="milliseconds")
-    kind = str(message.__struct_config__.tag)
-    head = f"{when.replace('+00:00', 'Z')}  {kind:17}"
+    head = f"{when.replace('+00:00', 'Z')}  {messages.name_of(message):17}"
     if isinstance(message, messages.SnapshotAccepted):
-        what = f"revision {message.revision}, {message.pods} annotated pods"
+        what = f"revision {message.revision}"
     elif isinstance(message, messages.MessageDenied):
         uid = "without a proven uid" if message.uid is None else f"from uid {message.uid}"
         what = f"{message.code} {uid}"
@@ -136,18 +145,12 @@ def event(message: messages.Event) -> str:
     return escape(f"{head} {what}" + (f": {message.message}" if message.message else ""))
 
 
-def _change(
-    message: messages.LimitSet
-    | messages.LimitReleased
-    | messages.LimitFailed
-    | messages.LimitDrifted
-    | messages.GpuLost
-    | messages.GpuBack,
-) -> str:
-    gpu = f"GPU {message.uuid if message.index is None else message.index}"
-    change = "" if message.to_mw is None else f" {watts(message.from_mw)} -> {watts(message.to_mw)}"
-    pods = f" for {', '.join(message.pods)}" if message.pods else ""
-    return f"{gpu}{change}{pods}" + (f" ({message.reason})" if message.reason else "")
+def _change(message: messages.GpuEvent) -> str:
+    text = f"GPU {message.uuid if message.index is None else message.index}"
+    if not isinstance(message, messages.GpuLost | messages.GpuBack):
+        text += f" {watts(message.from_mw)} -> {watts(message.to_mw)}"
+        text += f" ({message.reason})" if message.reason else ""
+    return text + (f" for {', '.join(message.pods)}" if message.pods else "")
 
 
 def _heard(watcher: messages.WatcherStatus) -> str:

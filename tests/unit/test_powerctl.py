@@ -579,7 +579,7 @@ def test_explain_a_gpu_shows_processes_conflict_and_both_pods(subject: str) -> N
     assert text.startswith("GPU 0, GPU-0, NVIDIA H100")
     words = " ".join(text.split())
     assert f"pid 4242 of team-a/llm-0, by {LINE_A}" in words
-    assert "pid 900 of no annotated pod, by 0::/system.slice/dcgm.service" in words
+    assert "pid 900 of no known pod, by 0::/system.slice/dcgm.service" in words
     assert (
         "conflict team-a/llm-0 350 W, team-a/embed 500.5 W; rule `lowest`: the lowest holds"
     ) in words
@@ -642,6 +642,27 @@ def test_explain_an_unknown_subject_exits_1_with_near_matches(run_dir: Path) -> 
         (
             {"enforcer": enforcer(max_mw=None)},
             ["bounds hardware 200 W to 700 W, administrator none target"],
+        ),
+        (
+            {
+                "gpus": [
+                    managed_gpu(
+                        0,
+                        350_000,
+                        [UID_A],
+                        processes=[
+                            Process(pid=0, owner="unknown", evidence="nvml: UNKNOWN"),
+                            Process(pid=8, owner="other", evidence=""),
+                            Process(pid=9, owner=UID_C[::-1], evidence="2:cpu:/p\n1:a:/p\n0::/\n"),
+                        ],
+                    )
+                ]
+            },
+            [
+                "processes the list cannot be read: nvml: UNKNOWN",
+                "pid 8 of no known pod, by no evidence",
+                f"pid 9 of pod {UID_C[::-1]}, not annotated, by 2:cpu:/p",
+            ],
         ),
         ({"enforcer": enforcer(conflict="safe-default")}, ["rule `safe-default`: the safe"]),
     ],
@@ -775,8 +796,8 @@ def test_events_text_flushes_each_line_and_ends_on_sigint(run_dir: Path) -> None
     ):
         responder.event = an_event()
         assert read_line(process) == (
-            "2026-01-02T03:04:05.678Z  limit_set         GPU 0 700 W -> 350 W for team-a/llm-0 "
-            "(acquire): read back\n"
+            "2026-01-02T03:04:05.678Z  limit_set         GPU 0 700 W -> 350 W (acquire) "
+            "for team-a/llm-0: read back\n"
         )
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=DEADLINE_S)
@@ -832,8 +853,8 @@ def test_events_ends_when_a_pipe_closes_between_two_lines(run_dir: Path) -> None
     ("event", "words"),
     [
         (
-            messages.SnapshotAccepted(ts=0, message="", session="s", revision=4, pods=2),
-            "snapshot_accepted revision 4, 2 annotated pods",
+            messages.SnapshotAccepted(ts=0, message="2 pods", session="s", revision=4, pods=2),
+            "snapshot_accepted revision 4: 2 pods",
         ),
         (
             messages.MessageDenied(ts=0, message="no\x1b", code="denied", uid=7),
@@ -851,8 +872,8 @@ def test_events_ends_when_a_pipe_closes_between_two_lines(run_dir: Path) -> None
                 uuid="GPU-9",
                 pods=[],
                 from_mw=None,
-                to_mw=None,
-                reason="",
+                to_mw=350_000,
+                reason="lost",
             ),
             "gpu_lost GPU GPU-9: off the bus",
         ),
@@ -981,6 +1002,20 @@ def test_doctor_findings_name_a_remedy(
     assert remedy in check.remedy
 
 
+@pytest.mark.parametrize(
+    ("evidence", "shown"),
+    [
+        ("0::/kubepods/podx/c", "0::/kubepods/podx/c"),
+        ("3:cpu:/a\n2:pids:/a\n1:name=systemd:/b\n0::/\n", "3:cpu:/a; 1:name=systemd:/b"),
+        ("3:cpu:/\n0::/\n", "3:cpu:/"),
+        ("0::/a:b\n", "0::/a:b"),
+        ("", ""),
+    ],
+)
+def test_cgroup_lines_are_shown_without_repetition(evidence: str, shown: str) -> None:
+    assert tables.cgroup_lines(evidence) == shown
+
+
 def test_doctor_shows_samples_of_lines_that_map_to_no_pod() -> None:
     process = Process(pid=7, owner="unknown", evidence="0::/../../odd")
     checks = reply_checks.from_reply(reply(gpus=[gpu(0, processes=[process] * 9)]))
@@ -1072,6 +1107,8 @@ def test_doctor_judges_the_ledger(tmp_path: Path) -> None:
     assert result(told) == "fail"
     path.write_text("{}")
     assert result(told) == "ok"
+    faulty = reply(enforcer=enforcer(ledger=f"{path} cannot be written: No space left on device"))
+    assert result(faulty) == "fail"
     # The enforcer's own view of its path goes first.
     inside = tmp_path / "proc/50/root" / path.relative_to("/")
     inside.parent.mkdir(parents=True)
