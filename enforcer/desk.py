@@ -1,8 +1,9 @@
 """Who may ask what: decodes requests, checks them against a closed table, keeps the answers due."""
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from enforcer.policy import Desired
 from shared import __version__
@@ -18,8 +19,11 @@ _RETIRED = 64  # sessions remembered as replaced
 class Desk:
     """Takes the requests of each turn; holds the last complete snapshot and who still waits."""
 
-    def __init__(self, server: Server, settings: EnforcerSettings, log: Log) -> None:
+    def __init__(
+        self, server: Server, settings: EnforcerSettings, log: Log, counts: m.Counters
+    ) -> None:
         self._server, self._log, self._lease_s = server, log, settings.lease_s
+        self._counts, self._told = counts, set[str]()
         watcher = frozenset({settings.watcher_uid})
         readers = watcher | settings.reader_uids
         # message type -> who may send it, what is done. What is not here is refused.
@@ -35,10 +39,10 @@ class Desk:
         self.snapshot: m.Snapshot | None = None
         self.changed = False  # the snapshot differs from the one last decided on
         self.due: list[tuple[Incoming, m.Request]] = []
-        self.counts: Counter[str] = Counter()
 
     def take(self, requests: list[Incoming]) -> None:
         """Take requests; each gets its answer, at once or when limits are read back."""
+        self._counts.denied += self._server.take_refused()
         for incoming in requests:
             try:
                 request = m.decode_request(incoming.payload)
@@ -51,10 +55,11 @@ class Desk:
 
     def _refuse(self, incoming: Incoming, error: m.RefusedError) -> None:
         code, uid, why = error.code, incoming.uid, str(error)
-        self.counts[code if code in ("denied", "stale") else "malformed"] += 1
-        if not self.counts[f"{code} {uid}"]:  # each once: a flood is counted, not logged
+        kind = code if code in ("denied", "stale") else "malformed"
+        setattr(self._counts, kind, getattr(self._counts, kind) + 1)
+        if f"{code} {uid}" not in self._told:  # each once: a flood is counted, not logged
+            self._told.add(f"{code} {uid}")
             self._log.warning("message_denied", code=code, uid=uid, pid=incoming.pid, why=why)
-        self.counts[f"{code} {uid}"] += 1
         self._server.reply(incoming, m.Error(code=code, message=why))
         self._server.publish(m.MessageDenied(ts=time.time(), message=why, code=code, uid=uid))
 
@@ -75,7 +80,7 @@ class Desk:
         if last and last.session != new.session:
             self._retired.append(last.session)
             self._log.info("watcher_session", session=new.session, replaces=last.session)
-        self.counts["snapshots"] += 1
+        self._counts.snapshots += 1
         self._heard_s = time.monotonic()
         self.snapshot = new
         self.due.append((incoming, new))
@@ -87,8 +92,9 @@ class Desk:
         pods = {pod.uid: pod.limit_mw for pod in new.pods}
         ids = {alias: pod.uid for pod in new.pods for alias in pod.aliases}
         self._desired = Desired("living", pods, ids, frozenset(new.others))
-        said = f"revision {new.revision}: {len(pods)} annotated pods, {len(new.others)} others"
-        event = m.SnapshotAccepted(ts=time.time(), message=said, session=new.session)
+        who: dict[str, Any] = {"session": new.session, "revision": new.revision}
+        said = f"{len(pods)} annotated pods, {len(new.others)} others"
+        event = m.SnapshotAccepted(ts=time.time(), message=said, pods=len(pods), **who)
         self._server.publish(event)
 
     def desired(self) -> Desired:

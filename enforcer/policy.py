@@ -63,12 +63,16 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A GPU that was written: its original limit, the limit last set, for whom, since when."""
+    """A GPU that was written: its original limit, the limit last set, for whom, since when.
+
+    `aliases` are other ids that processes of `pods` show, for when the pod is gone.
+    """
 
     original_mw: LimitMw
     set_mw: LimitMw
     pods: frozenset[str]
     since: float = 0.0
+    aliases: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class Decision:
     reason: str
     target_mw: int | None = None
     pods: frozenset[str] = frozenset()
+    aliases: frozenset[str] = frozenset()
     action: Action | None = None
 
 
@@ -130,7 +135,7 @@ class _Case:
         owners = [occupant.owner for occupant in self.gpu.occupants]
         if Stranger.UNKNOWN in owners:
             return self._hold("a process on it cannot be told to be a pod's or not")
-        uids = frozenset(self.desired.uid_of(o) for o in owners if isinstance(o, str))
+        uids = frozenset(self.desired.uid_of(owner) for owner in owners if isinstance(owner, str))
         decision = self._by_pods(uids, occupied=bool(owners))
         if self.desired.link == "silent" and self._gives_power(decision):
             return self._hold("watcher is silent")
@@ -139,11 +144,11 @@ class _Case:
     def _by_pods(self, uids: frozenset[str], *, occupied: bool) -> Decision:
         wanted, others = self.desired.pods.keys(), self.desired.others
         mine = self.owned.pods if self.owned else frozenset()
-        ghosts = (uids & mine) - wanted - others  # deleted by force, or an API that is wrong
+        ghosts = (uids & self._ids()) - wanted - others  # deleted by force, or an API in error
         if asking := uids & wanted:
             return self._grant(asking, ghosts)
         if ghosts:
-            return self._hold(f"pod {_names(ghosts)} is gone but its processes still run")
+            return self._hold(_still_runs(ghosts))
         if occupied and not uids & mine & others:
             return self._give_back("only processes that ask for nothing run on it")
         if not occupied and (resting := mine & wanted):
@@ -167,6 +172,8 @@ class _Case:
         elif default and (not limits or (len(limits) > 1 and self.rules.conflict != "lowest")):
             target = default.for_gpu(self.gpu.default_mw)
             why = f"safe default, {'pods disagree' if limits else 'annotation unusable'}"
+        elif ghosts and not limits:
+            return self._hold(_still_runs(ghosts))
         elif not limits:
             return self._give_back(f"the annotation of pod {_names(asking)} is unusable")
         else:
@@ -175,10 +182,14 @@ class _Case:
                 why = f"lowest of {len(limits)} limits {why}"
             elif target not in asked:
                 why = f"{why}, clamped to {w(low)}..{w(high)} W"
-        target = max(low, min(high, target))
-        if ghosts and self.owned and self.owned.set_mw < target:
-            target, why = self.owned.set_mw, f"pod {_names(ghosts)} is gone but still runs"
-        return self._keep(target, asking | ghosts, why)
+        if ghosts and self.owned and self.owned.set_mw < max(low, target):
+            if self.owned.set_mw < low:
+                return self._hold(_still_runs(ghosts))
+            target, why = self.owned.set_mw, _still_runs(ghosts)
+        return self._keep(max(low, min(high, target)), asking | ghosts, why)
+
+    def _ids(self) -> frozenset[str]:
+        return self.owned.pods | self.owned.aliases if self.owned else frozenset()
 
     def _keep(self, target_mw: int, pods: frozenset[str], why: str) -> Decision:
         action: Action | None = None
@@ -190,7 +201,11 @@ class _Case:
             action = "drift"
         elif pods != self.owned.pods:
             action = "note"
-        return Decision("managed", f"{w(target_mw)} W: {why}", target_mw, pods, action)
+        aliases = {alias for alias, uid in self.desired.ids.items() if uid in pods}
+        if self.owned and pods & self._ids():
+            aliases |= self.owned.aliases
+        reason = f"{w(target_mw)} W: {why}"
+        return Decision("managed", reason, target_mw, pods, frozenset(aliases), action)
 
     def _hold(self, why: str) -> Decision:
         if self.owned is None:
@@ -216,3 +231,7 @@ class _Case:
 
 def _names(uids: Iterable[str]) -> str:
     return ", ".join(sorted(uids))
+
+
+def _still_runs(ghosts: Iterable[str]) -> str:
+    return f"pod {_names(ghosts)} is gone but its processes still run"

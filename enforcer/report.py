@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from enforcer.policy import Rules
+from enforcer.policy import Rules, same_limit
 from shared import messages as m
 from shared.units import format_watts as w
 
@@ -40,6 +40,9 @@ def _state(asked: m.DesiredPod, mine: list[m.Gpu], rules: Rules) -> tuple[m.PodS
         return "invalid", f"{asked.raw!r} is not decimal watts such as 350{does}"
     if not mine:
         return "waiting", "no process of it runs on a GPU yet"
+    unset = [g for g in mine if g.target_mw is not None and g.limit_mw != g.target_mw]
+    if unset and not all(same_limit(g.limit_mw or 0, g.target_mw or 0) for g in unset):
+        return "waiting", f"GPU {unset[0].index}: about to be written: {unset[0].reason}"
     worst = min(mine, key=lambda g: g.target_mw or 0)
     if worst.target_mw is None:
         return (

@@ -108,7 +108,7 @@ class Pod(Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Counters(Struct, frozen=True, kw_only=True):
+class Counters(Struct, kw_only=True):
     """enforcer -> reader: totals since the enforcer started."""
 
     limit_writes: int = 0
@@ -120,17 +120,17 @@ class Counters(Struct, frozen=True, kw_only=True):
     stale: int = 0
 
 
-class EnforcerStatus(Struct, frozen=True, kw_only=True):
+class EnforcerStatus(Struct, kw_only=True):
     """enforcer -> reader: the enforcer itself and the rules it works by."""
 
     version: str
     pid: int
-    uptime_s: float
+    uptime_s: float = 0.0
     dry_run: bool
-    nvml: NvmlState
-    nvml_message: str
-    driver_version: str | None
-    node: str | None
+    nvml: NvmlState = "absent"
+    nvml_message: str = "not opened yet"
+    driver_version: str | None = None
+    node: str | None = None
     min_mw: int | None
     max_mw: int | None
     conflict: str
@@ -227,6 +227,8 @@ class SnapshotAccepted(_Event, frozen=True, kw_only=True, tag="snapshot_accepted
     """enforcer -> listeners: the desired state changed."""
 
     session: str
+    revision: int
+    pods: int
 
 
 class MessageDenied(_Event, frozen=True, kw_only=True, tag="message_denied"):

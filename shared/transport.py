@@ -123,7 +123,7 @@ class Server:
         self._poller = zmq.Poller()
         for sock in (self._router, self._zap, *self._monitors):
             self._poller.register(sock, zmq.POLLIN)
-        self.refused = 0  # connections of uids that may not connect
+        self._refused: int = 0
 
     def watch(self, fd: int) -> None:
         """Let `receive` return when `fd` is readable too."""
@@ -143,6 +143,11 @@ class Server:
         sock.bind(f"ipc://{path}")
         return sock, monitor
 
+    def take_refused(self) -> int:
+        """Return how many connections of other uids were refused since this was last asked."""
+        refused, self._refused = self._refused, 0
+        return refused
+
     def receive(self, timeout_s: float) -> list[Incoming]:
         """Wait at most `timeout_s` and return the requests that came, at most a turn's worth."""
         ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
@@ -151,7 +156,7 @@ class Server:
         for monitor in self._monitors:
             if monitor in ready:
                 _monitored(monitor)
-                self.refused += 1
+                self._refused += 1
         taken: list[Incoming] = []
         while self._router in ready and len(taken) < _TURN:
             try:
@@ -181,7 +186,7 @@ class Server:
         address = request[3].decode("ascii", "replace") if len(request) > 3 else ""
         admitted = version == b"1.0" and _credentials(address)[0] in self._uids
         code, text = (b"200", b"OK") if admitted else (b"400", b"uid not admitted")
-        self.refused += not admitted
+        self._refused += not admitted
         self._zap.send_multipart([b"1.0", sequence, code, text, b"", b""])
 
     def reply(self, incoming: Incoming, message: messages.Reply) -> None:

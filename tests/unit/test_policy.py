@@ -256,7 +256,6 @@ def test_row_pod_gone_but_processes_run_beside_an_annotated_pod_never_raises() -
     assert outcome(lower) == ("managed", 250_000, "adjust")
 
 
-@pytest.mark.xfail(strict=True, reason="given back: the gone pod is forgotten")
 def test_row_pod_gone_but_processes_run_beside_a_pod_of_unusable_value_holds() -> None:
     decision = decide(living({B: None}), seen(A, B, limit_mw=300_000), owned(300_000, A))
     assert decision.target_mw == 300_000
@@ -387,7 +386,6 @@ def test_i3_held_limit_outside_narrowed_bounds_is_not_written_again() -> None:
     assert decision.action is None or decision.target_mw == 500_000
 
 
-@pytest.mark.xfail(strict=True, reason="written below the administrator's bound")
 def test_i3_a_gone_pods_limit_below_narrowed_bounds_is_not_written_again() -> None:
     gpu = seen(A, B, limit_mw=600_000)
     decision = decide(living({B: 600_000}), gpu, owned(250_000, A), Rules(min_mw=300_000))
@@ -501,14 +499,13 @@ def test_static_pod_without_the_annotation_gives_back() -> None:
     assert outcome(decision) == ("free", FACTORY_MW, "release")
 
 
-@pytest.mark.xfail(strict=True, reason="given back: the alias is forgotten with the snapshot")
 def test_static_pod_gone_but_its_processes_run_holds() -> None:
     """Its mirror pod is deleted (by force, or by an API server that is wrong); the kubelet's id
     in the cgroup is then in no snapshot, yet it is the pod's that the limit was set for."""
     gpu = seen("config-hash")
     first = decide(living({A: 300_000}, ids={"config-hash": A}), gpu)
     assert first.target_mw is not None
-    entry = Owned(FACTORY_MW, first.target_mw, first.pods)
+    entry = Owned(FACTORY_MW, first.target_mw, first.pods, aliases=first.aliases)
     after = decide(living(), replace(gpu, limit_mw=300_000), entry)
     assert after.action is None
     assert after.target_mw == 300_000

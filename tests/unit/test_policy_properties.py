@@ -293,20 +293,7 @@ def test_property(claim: Callable[[Case], None]) -> None:
     hold()
 
 
-FINDINGS: dict[Callable[[Case], None], str] = {
-    i3_no_write_leaves_the_bounds: "a gone pod's limit is written again outside narrowed bounds",
-    i4_up_only_on_evidence: "a gone pod whose processes run is forgotten beside an unusable value",
-}
-
-
-def known(claim: Callable[[Case], None]) -> object:
-    reason = FINDINGS.get(claim)
-    return pytest.param(
-        claim, marks=pytest.mark.xfail(reason=reason, strict=True) if reason else ()
-    )
-
-
-@pytest.mark.parametrize("claim", [known(claim) for claim in CLAIMS])
+@pytest.mark.parametrize("claim", CLAIMS)
 def test_property_over_many_cases(claim: Callable[[Case], None]) -> None:
     seeded = random.Random(claim.__name__)
     maker = Maker(seeded.randrange)

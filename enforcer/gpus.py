@@ -1,0 +1,181 @@
+"""The GPUs as they are: finds them, reads them, and sees who runs on them. Decides nothing."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from enforcer import procfs
+from enforcer.nvml import Handle, Nvml, NvmlError
+from enforcer.policy import Decision, Desired, Occupant, SeenGpu
+from enforcer.procfs import ProcessReader
+from shared import messages as m
+from shared.logs import Log
+from shared.transport import Server
+
+WRITE_GAP_S = 0.1  # frequent writes disturb collective operations on the GPU
+_RETRY_S, _DOUBLINGS = 1.0, 5  # 1, 2, 4 ... 32 s
+_SHOWN = 32  # processes that a GPU shows in an answer
+_UNDECIDED = Decision("free", "not looked at yet")
+
+
+def backoff_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row."""
+    return float(_RETRY_S * 2 ** min(failures, _DOUBLINGS))
+
+
+@dataclass(slots=True)
+class Card:
+    """One GPU between turns: its record, its handle (None while it does not answer), its writes."""
+
+    gpu: m.Gpu
+    handle: Handle | None = None
+    decision: Decision = _UNDECIDED
+    fault: tuple[str, int | None] | None = None  # why the last write failed, and to what limit
+    retry_s: float = 0.0
+    retries: int = 0
+    wrote_s: float = -WRITE_GAP_S
+    drifted_to_mw: int | None = None
+
+    def may_write_s(self) -> float:
+        """Return when the next write may go out: ten a second, and a failed one backs off."""
+        again = self.fault is not None and self.fault[1] == self.decision.target_mw
+        return max(self.wrote_s + WRITE_GAP_S, self.retry_s if again else 0.0)
+
+
+class Gpus:
+    """Every GPU that was ever seen or is owned, by UUID."""
+
+    def __init__(
+        self,
+        me: m.EnforcerStatus,
+        owned: Iterable[str],
+        reader: ProcessReader,
+        log: Log,
+        server: Server,
+    ) -> None:
+        self._me, self._reader, self._log, self._server = me, reader, log, server
+        self.nvml = Nvml()
+        self.cards = {uuid: Card(m.Gpu(uuid=uuid, managed=True)) for uuid in owned}
+        self.incomplete = True  # NVML or a GPU is missing: look for it again
+        self.read_s = 0.0  # when limits were last read
+        self._tries, self._open_s = 0, 0.0
+
+    def opened(self, now: float) -> bool:
+        """Open NVML, or open it anew when a GPU is missing; tells whether it is usable."""
+        if now < self._open_s or (self.nvml.is_open and not self.incomplete):
+            return self.nvml.is_open
+        self._open_s, self._tries = now + backoff_s(self._tries), self._tries + 1
+        found: list[tuple[Handle, m.Gpu]] = []
+        faults: list[str] = []
+        try:
+            found, faults = self.nvml.open()
+        except NvmlError as error:
+            self.nvml.close()
+            self._say("absent" if error.absent else "failing", str(error))
+        else:
+            self._say("failing" if faults else "ok", "; ".join(faults) or "ok")
+        for handle, seen in found:
+            card = self.cards.setdefault(seen.uuid, Card(seen))
+            if card.gpu.state == "lost":
+                self.tell(m.GpuBack, card, None, f"it answers again, as GPU {seen.index}")
+            seen.writes, seen.write_failures = card.gpu.writes, card.gpu.write_failures
+            card.handle, card.gpu = handle, seen
+        present = {seen.uuid for _, seen in found}
+        for uuid in self.cards.keys() - present:
+            self.lose(self.cards[uuid], "not among the GPUs that NVML lists")
+        self.incomplete = not self.nvml.is_open or bool(faults) or len(present) < len(self.cards)
+        if not self.incomplete:
+            self._tries, self._open_s = 0, 0.0
+        self.read(now)
+        return self.nvml.is_open
+
+    def retry_now(self) -> None:
+        """Forget every wait: this is the last chance."""
+        self._open_s = 0.0
+        for card in self.cards.values():
+            card.wrote_s = card.retry_s = 0.0
+
+    def close(self) -> None:
+        """Let go of the driver; what was read holds no longer."""
+        if self.nvml.is_open:
+            self.nvml.close()
+            for card in self.cards.values():
+                card.gpu.limit_mw = card.gpu.enforced_mw = card.gpu.power_mw = None
+
+    def _say(self, state: m.NvmlState, why: str) -> None:
+        me = self._me
+        if (state, why) != (me.nvml, me.nvml_message):
+            me.nvml, me.nvml_message, me.driver_version = state, why, self.nvml.driver_version
+            say = self._log.info if state == "ok" else self._log.error
+            say("nvml", state=state, why=why, driver=me.driver_version)
+
+    def lose(self, card: Card, why: str) -> None:
+        """Note that a GPU does not answer."""
+        gpu, card.handle, self.incomplete = card.gpu, None, True
+        gpu.index = gpu.limit_mw = gpu.enforced_mw = gpu.power_mw = None
+        gpu.processes = []
+        if gpu.state != "lost":
+            gpu.state, gpu.reason = "lost", why
+            card.decision = _UNDECIDED
+            self.tell(m.GpuLost, card, None, why)
+
+    def tell(self, kind: type[m.GpuEvent], card: Card, from_mw: int | None, why: str) -> None:
+        """Log and publish what happened to one GPU."""
+        gpu, decision = card.gpu, card.decision
+        facts: dict[str, Any] = {
+            "index": gpu.index,
+            "uuid": gpu.uuid,
+            "pods": sorted(decision.pods),
+        }
+        facts |= {"from_mw": from_mw, "to_mw": decision.target_mw}
+        reason = decision.action or decision.state
+        event = kind(ts=time.time(), message=why, reason=reason, **facts)
+        say = self._log.error if kind in (m.LimitFailed, m.GpuLost) else self._log.info
+        say(m.name_of(event), why=why, **facts)
+        self._server.publish(event)
+
+    def read(self, now: float) -> None:
+        """Read back the limit and power of every GPU."""
+        self.read_s = now
+        for card in self.cards.values():
+            self.read_one(card)
+
+    def read_one(self, card: Card) -> None:
+        """Read one GPU; what cannot be read is None afterwards."""
+        if card.handle is not None:
+            try:
+                self.nvml.read_into(card.handle, card.gpu)
+            except NvmlError as error:
+                if error.stale:
+                    self.lose(card, str(error))
+
+    def observe(self, desired: Desired) -> list[SeenGpu]:
+        """Return every GPU that answers, and who runs on it."""
+        seen = []
+        for uuid, card in self.cards.items():
+            occupants = self._occupants(card, desired) if card.handle is not None else None
+            if card.handle is not None:  # still
+                g = card.gpu
+                low, default, high = g.min_mw or 0, g.default_mw or 0, g.max_mw or 0
+                seen.append(SeenGpu(uuid, occupants, g.limit_mw, default, low, high))
+        return seen
+
+    def _occupants(self, card: Card, desired: Desired) -> frozenset[Occupant] | None:
+        asked_ticks = procfs.now_ticks()
+        try:
+            pids = self.nvml.pids(card.handle)
+        except NvmlError as error:
+            card.gpu.processes = [m.Process(pid=0, owner="unknown", evidence=str(error))]
+            if error.stale:
+                self.lose(card, str(error))
+            return None
+        found, shown = set(), []
+        for pid in sorted(pids):
+            owner, evidence = self._reader.owner(pid, asked_ticks)
+            if owner is not None:
+                found.add(Occupant(owner))
+                name = desired.uid_of(owner) if isinstance(owner, str) else owner.value
+                shown.append(m.Process(pid=pid, owner=name, evidence=evidence))
+        card.gpu.processes = shown[:_SHOWN]
+        return frozenset(found)
