@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input install --quiet
 
 # Arguments for pytest, the bench or uv: make test ARGS='-k ledger -x'
 ARGS ?=
-# Another interpreter to begin with: make setup PYTHON=/opt/python/bin/python3
+# This interpreter and no other: make setup PYTHON=/opt/python/bin/python3
 PYTHON ?=
 
 help: ## list these targets
@@ -34,8 +34,8 @@ REACHABLE := import os, sys; os.getuid() or os.setgid(65532) or os.setuid(65532)
 $(VENV)/.place:
 	@echo 'setup: making $(VENV)'
 	@chosen=; reason='no Python 3.11, 3.12 or 3.13 found'; \
-	for python in $(PYTHON) python3.13 python3.12 python3.11 python3 \
-	        /usr/local/bin/python3 /usr/bin/python3; do \
+	for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3 \
+	        /usr/local/bin/python3 /usr/bin/python3); do \
 	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	        2>/dev/null || continue; \
 	    "$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
@@ -53,10 +53,13 @@ $(VENV)/.place:
 $(VENV)/.ready: pyproject.toml $(LOCK)/dev.txt $(LOCK)/ziglang.txt | $(VENV)/.place
 	@echo 'setup: installing what $(LOCK)/dev.txt names'
 	@$(PIP) --require-hashes -r $(LOCK)/dev.txt
-	@if ! printf '#include <stdio.h>\nint probe(void) { return puts(""); }\n' | \
-	    $(CC) -shared -fPIC -x c -o $(VENV)/.probe.so - 2>/dev/null; then \
+	@for cc in cc gcc clang; do \
+	    printf '#include <stdio.h>\nint probe(void) { return puts(""); }\n' | \
+	    "$$cc" -shared -fPIC -x c -o $(VENV)/.probe.so - 2>/dev/null && break; \
+	done; \
+	if [ ! -e $(VENV)/.probe.so ]; then \
 	    echo 'setup: no C compiler that works here, installing ziglang'; \
-	    $(PIP) --require-hashes -r $(LOCK)/ziglang.txt; \
+	    $(PIP) --require-hashes -r $(LOCK)/ziglang.txt || exit 1; \
 	fi; rm -f $(VENV)/.probe.so
 	@$(PIP) --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 	@touch $@
