@@ -5,18 +5,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from enforcer import report
 from enforcer.desk import Desk
 from enforcer.gpus import Card, Gpus, backoff_s
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.nvml import NvmlError
-from enforcer.policy import Decision, Desired, Owned, Rules, plan, same_limit
+from enforcer.policy import Decision, Desired, Owned, Rules, plan
 from enforcer.procfs import ProcessReader
-from shared import __version__
+from shared import __version__, standing
 from shared import messages as m
 from shared.logs import Log
 from shared.settings import EnforcerSettings
 from shared.transport import Server
+from shared.units import same_limit
 
 _WAITING_SCAN_S, _WAITING_FOR_S = 0.1, 60.0  # a CUDA context comes seconds after its pod
 _TURN_S = 0.02  # snapshots that come faster are decided on together
@@ -214,7 +214,7 @@ class Agent:
         me.uptime_s = round(now - self._desk.started_s, 3)
         me.node = snapshot.node if snapshot else None
         gpus = [card.gpu for card in self._cards.values()]
-        pods = report.pods(snapshot.pods if snapshot else (), gpus, self._rules)
+        pods = standing.pods(snapshot.pods if snapshot else (), gpus, self._clamp)
         due, self._desk.due = self._desk.due, []
         for incoming, request in due:
             if isinstance(request, m.Snapshot):
@@ -233,6 +233,10 @@ class Agent:
                     enforcer=me, watcher=link, gpus=gpus, pods=pods, counters=self._counts
                 )
             self._server.reply(incoming, reply)
+
+    def _clamp(self, limit_mw: int, gpu: m.Gpu) -> int:
+        low, high = self._rules.bounds(gpu.min_mw or 0, gpu.max_mw or limit_mw)
+        return max(low, min(high, limit_mw))
 
     def stop(self) -> None:
         """Give every GPU back, or leave limits and ledger for the next start, as configured."""

@@ -11,8 +11,8 @@ from typing import Literal
 
 from shared.messages import GpuState, LimitMw
 from shared.settings import SafeDefault
-from shared.units import MILLIWATTS_PER_WATT
 from shared.units import format_watts as w
+from shared.units import same_limit
 
 Action = Literal["acquire", "adjust", "drift", "note", "release"]
 # living: a complete snapshot came lately; silent: none did, so no power is given.
@@ -100,11 +100,6 @@ class Decision:
     pods: frozenset[str] = frozenset()
     aliases: frozenset[str] = frozenset()
     action: Action | None = None
-
-
-def same_limit(one_mw: int, other_mw: int) -> bool:
-    """Tell whether two limits are the same to hardware that may keep whole watts only."""
-    return abs(one_mw - other_mw) < MILLIWATTS_PER_WATT
 
 
 def plan(

@@ -25,6 +25,11 @@ def parse_watts(text: str) -> int:
     return limit_mw
 
 
+def same_limit(one_mw: int, other_mw: int) -> bool:
+    """Tell whether two limits are the same to hardware that may keep whole watts only."""
+    return abs(one_mw - other_mw) < MILLIWATTS_PER_WATT
+
+
 def format_watts(limit_mw: int | None) -> str:
     """Return `limit_mw` as the shortest exact text in watts, `-` where it is not known."""
     if limit_mw is None:
