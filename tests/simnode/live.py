@@ -1,0 +1,68 @@
+"""The live view of a simulated node: powerctl's tables, and how to reach the node."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.powerctl import tables
+from shared.powerctl.ask import UnreachableError
+from tests.simnode.node import ANNOTATION, SimNode
+
+_REFRESH_S = 1.0
+# Alternate screen, cursor off, no automatic wrap; and back.
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
+
+
+def how_to_reach(node: SimNode, kubeconfig: Path) -> list[str]:
+    """Commands for a second terminal, from any folder."""
+    pod = next((name for _, name in sorted(node.pods)), "POD")
+    kubectl = f"{_kubectl()} --kubeconfig {shlex.quote(str(kubeconfig))}"
+    powerctl = shlex.quote(str(Path(sys.executable).with_name("powerctl")))
+    return [
+        f"{kubectl} get pods",
+        f"{kubectl} annotate pod {pod} {ANNOTATION}=300 --overwrite",
+        f"{kubectl} delete pod {pod}",
+        f"{powerctl} --socket {node.run_dir} explain default/{pod}",
+        f"{powerctl} --socket {node.run_dir} events",
+    ]
+
+
+def _kubectl() -> str:
+    """The one beside the real API server where the shell has none."""
+    beside = Path(os.environ.get("KUBEBUILDER_ASSETS") or "/nonexistent") / "kubectl"
+    return shlex.quote(str(beside)) if beside.exists() and not shutil.which("kubectl") else "kubectl"
+
+
+@contextmanager
+def _screen() -> Iterator[None]:
+    sys.stdout.write(_ENTER)
+    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        sys.stdout.write(_LEAVE)
+        sys.stdout.flush()
+
+
+def watch(node: SimNode, kubeconfig: Path) -> None:
+    """The table, refreshed each second, until interrupted."""
+    paint = tables.plain if "NO_COLOR" in os.environ else tables.coloured
+    with _screen():
+        while True:
+            hints = ["", "From a second terminal (Ctrl-C here ends everything):", ""]
+            hints += [f"  {line}" for line in how_to_reach(node, kubeconfig)]
+            try:
+                lines = tables.status(node.status(), paint)
+            except UnreachableError as error:
+                lines = [f"the enforcer does not answer: {error}"]
+            text = "".join(f"{line}\x1b[K\r\n" for line in [*lines, *hints])
+            sys.stdout.write(f"\x1b[H{text}\x1b[J")
+            sys.stdout.flush()
+            time.sleep(_REFRESH_S)

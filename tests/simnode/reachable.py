@@ -1,0 +1,156 @@
+"""A place from which another user can start the watcher, also where the checkout lies in a home.
+
+root's home is 0700: neither the checkout nor its virtual environment can be read by the watcher's
+user there. Then what the watcher needs is put into a folder of its own, laid out as the image is:
+an environment `watcher/` beside supervisord.conf.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.simnode.guardian import Guardian
+
+ROOT = Path(__file__).resolve().parents[2]
+WATCHER_UID = 65532
+_LOOKS = """\
+from importlib.util import find_spec
+import msgspec, zmq
+assert all(map(find_spec, ("watcher", "shared", "kubernetes")))
+"""
+
+
+class UnreachableError(Exception):
+    """No place will do; the text names the remedy."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The folder of supervisord.conf, and the interpreter that has the watcher."""
+
+    home: Path
+    watcher_python: Path
+
+
+def watcher_uid() -> int:
+    """Who the watcher runs as: another user where this one may change to it."""
+    return WATCHER_UID if os.geteuid() == 0 else os.geteuid()
+
+
+def as_user(uid: int) -> dict[str, object]:
+    """What subprocess needs to start a program as `uid`, in no group but its own."""
+    return {} if uid == os.geteuid() else {"user": uid, "group": uid, "extra_groups": []}
+
+
+def base_folder() -> Path:
+    """The folder for temporary files, if everyone can reach it."""
+    wanted = [Path(tempfile.gettempdir()), *map(Path, ("/tmp", "/var/tmp", "/dev/shm"))]
+    for folder in wanted:
+        if os.access(folder, os.W_OK) and _open_to_all(folder.resolve()):
+            return folder.resolve()
+    raise UnreachableError(f"none of {', '.join(map(str, wanted))} can be reached by every user")
+
+
+def _open_to_all(folder: Path) -> bool:
+    return all(each.stat().st_mode & 0o001 for each in (folder, *folder.parents))
+
+
+@functools.cache
+def installation() -> Installation:
+    """The checkout itself where the watcher's user can read it, else what it needs of it."""
+    here = Installation(ROOT, Path(sys.executable))
+    if _works(here.watcher_python):
+        return here
+    base = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    if not (_open_to_all(base.parent) and _open_to_all(Path(os.__file__).resolve().parent)):
+        raise UnreachableError(
+            f"the watcher runs as user {WATCHER_UID}, who cannot reach this Python ({base}): "
+            "set up with one outside of a home, make setup PYTHON=/usr/bin/python3"
+        )
+    copy = _copy()
+    if not _works(copy.watcher_python):
+        raise UnreachableError(
+            f"user {WATCHER_UID} cannot start {copy.watcher_python}: is {copy.home} on a file "
+            "system mounted noexec? Name another one in TMPDIR"
+        )
+    return copy
+
+
+def _works(python: Path) -> bool:
+    with contextlib.suppress(OSError):
+        tried = subprocess.run(
+            [python, "-I", "-c", _LOOKS],
+            cwd="/",
+            capture_output=True,
+            check=False,
+            **as_user(watcher_uid()),  # type: ignore[call-overload]
+        )
+        return bool(tried.returncode == 0)
+    return False
+
+
+def _copy() -> Installation:
+    """Lives as long as this process; one serves all its nodes."""
+    guardian = Guardian()
+    home = base_folder() / f"power-agent-sim-copy-{os.getpid()}-{os.urandom(4).hex()}"
+    guardian.path(home)
+    atexit.register(guardian.close)
+    before = os.umask(0o022)
+    try:
+        _fill(home)
+    finally:
+        os.umask(before)
+    return Installation(home, home / "watcher" / "bin" / "python")
+
+
+def _fill(home: Path) -> None:
+    home.mkdir()
+    _put(ROOT / "supervisord.conf", home / "supervisord.conf")
+    venv.EnvBuilder(symlinks=True).create(home / "watcher")
+    packages = next((home / "watcher" / "lib").glob("python3.*")) / "site-packages"
+    for folder, target in (
+        (ROOT / "deploy" / "supervised", home / "deploy" / "supervised"),
+        (ROOT / "shared", packages / "shared"),
+        (ROOT / "watcher", packages / "watcher"),
+    ):
+        shutil.copytree(folder, target, copy_function=_put, ignore=shutil.ignore_patterns("*.pyc"))
+        for each in (target, *target.rglob("*/")):
+            each.chmod(0o755)  # copytree takes the modes of the originals
+    locked = (ROOT / "deploy" / "lock" / "watcher.txt").read_text()
+    for name in re.findall(r"^([\w.-]+)==", locked, re.MULTILINE):
+        _put_distribution(name, packages)
+
+
+def _put_distribution(name: str, packages: Path) -> None:
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return  # locked for another platform
+    for file in files:
+        if ".." not in file.parts:
+            target = packages / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _put(file.locate(), target)
+
+
+def _put(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """The same file under another name if everyone may read it, else a copy that everyone may."""
+    mode = os.stat(source).st_mode
+    if mode & 0o004:
+        with contextlib.suppress(OSError):  # another file system
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+    os.chmod(target, 0o755 if mode & 0o100 else 0o644)
