@@ -1,6 +1,5 @@
 """The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run."""
 
-import os
 import sys
 
 from enforcer import procfs
@@ -22,8 +21,7 @@ def main() -> int:
     log = Log("enforcer", config.log_level, config.log_format)
     stop = StopSignal()
     try:
-        in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
-        roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, in_kubernetes)
+        roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
         ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
         if not _sole_owner(ledger, log, stop):
             return 0

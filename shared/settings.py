@@ -168,6 +168,9 @@ class CommonSettings:
     log_format: Literal["json", "text"] = _setting(
         "POWER_AGENT_LOG_FORMAT", "auto", "json or text (auto: text on a terminal)", _log_format
     )
+    in_kubernetes: bool = _setting(
+        "KUBERNETES_SERVICE_HOST", "", "set by the kubelet: this program runs in a pod", bool
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,6 +335,11 @@ def from_command_line(program: str, purpose: str, kind: type[S]) -> S:
         return parse_settings(kind, os.environ)
     except SettingsError as error:
         exit_usage(program, str(error))
+
+
+def colour_from_environment() -> bool:
+    """Tell whether coloured text is welcome (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR")
 
 
 def run_dir_from_environment() -> Path:
