@@ -37,7 +37,9 @@ def how_to_reach(node: SimNode, kubeconfig: Path) -> list[str]:
 def _kubectl() -> str:
     """The one beside the real API server where the shell has none."""
     beside = Path(os.environ.get("KUBEBUILDER_ASSETS") or "/nonexistent") / "kubectl"
-    return shlex.quote(str(beside)) if beside.exists() and not shutil.which("kubectl") else "kubectl"
+    return (
+        shlex.quote(str(beside)) if beside.exists() and not shutil.which("kubectl") else "kubectl"
+    )
 
 
 @contextmanager

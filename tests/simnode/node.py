@@ -19,11 +19,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from shared.messages import Status, StatusReply
+from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError, ask
 from shared.units import format_watts
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_process import free_ports
-from tests.simnode.gpus import Kind, SimGpu, SimGpus
+from tests.simnode.gpus import Kind, SimGpus
 from tests.simnode.guardian import Guardian
 from tests.simnode.kubeapi import KubeApi
 from tests.simnode.kubelet import Kubelet
@@ -84,7 +85,9 @@ class SimNode:
         self.name, self.supervised = name, supervised
         self._start_agent, self._driver, self._made_up_proc = start, driver, made_up_proc
         self._fleet = list(models) if models is not None else [model] * gpus
-        self._real_api = bool(os.environ.get("KUBEBUILDER_ASSETS")) if real_api is None else real_api
+        self._real_api = (
+            bool(os.environ.get("KUBEBUILDER_ASSETS")) if real_api is None else real_api
+        )
         self._api_options, self._settings = dict(api or {}), dict(settings or {})
         self._undo = contextlib.ExitStack()
         self._lock = threading.Lock()
@@ -377,22 +380,12 @@ class SimNode:
     def explain(self) -> str:
         """Hardware, status and the ends of all logs, for whoever reads a failure."""
         try:
-            status = json.dumps(_plain(self.status(0.5)), indent=1)
+            status = "\n".join(tables.status(self.status(0.5)))
         except UnreachableError as error:
             status = str(error)
-        limits = ", ".join(f"GPU {k}: {format_watts(g.limit_mw)} W" for k, g in _each(self.gpus))
+        limits = ", ".join(f"{format_watts(limit)} W" for limit in self.limits_mw())
         tails = [program.log_tail() for program in self.programs.values()]
-        return "\n".join([f"hardware: {limits}", f"status: {status}", *filter(None, tails)])
-
-
-def _plain(status: StatusReply) -> Any:  # noqa: ANN401 (JSON)
-    import msgspec
-
-    return msgspec.to_builtins(status)
-
-
-def _each(gpus: SimGpus) -> Iterator[tuple[int, SimGpu]]:
-    return enumerate(gpus)
+        return "\n".join([f"hardware: {limits}", status, *filter(None, tails)])
 
 
 def _is_admin() -> bool:

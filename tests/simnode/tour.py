@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from shared import __version__
+from shared.messages import Gpu as GpuStatus
 from shared.messages import Pod as PodStatus
 from shared.powerctl.ask import UnreachableError
 from shared.units import format_watts
@@ -21,6 +22,7 @@ GPUS, MODEL = 4, "H100"
 SETTINGS = {"POWER_AGENT_RECONCILE_SECONDS": "1"}
 _WIDTH = 76
 _DEADLINE_S = 10.0
+_PAUSE_S = 0.3
 
 
 class Paper:
@@ -41,6 +43,10 @@ class Paper:
     def step(self, text: str, command: str) -> None:
         self._steps += 1
         self.say(f"\n{self._paint('1', f'{self._steps:2}  {text}')}")
+        if command:
+            self.command(command)
+
+    def command(self, command: str) -> None:
         self.say(f"    {self._paint('36', f'$ {command}')}")
 
     def result(self, good: bool, text: str, took_ms: float | None = None) -> None:
@@ -94,7 +100,10 @@ class Tour:
         self._limit(since, {0: 425.5, 1: 425.5})
 
     def _asks_too_little(self, trainer: Pod) -> None:
-        self._step("Ask for less than the hardware takes: clamped", f"{_annotate('trainer')}=90 …")
+        self._step(
+            "Ask for less than the hardware takes: clamped",
+            f"{_annotate('trainer')}=90 --overwrite",
+        )
         since = time.monotonic_ns()
         self._node.annotate(trainer, 90)
         self._limit(since, {0: 200, 1: 200})
@@ -103,7 +112,10 @@ class Tour:
     def _shares_a_gpu(self, trainer: Pod) -> None:
         self._node.annotate(trainer, 400)
         self._node.wait_for_limit(1, 400)
-        self._step("A second pod on GPU 1 asks for less: the lower holds", "kubectl apply -f …")
+        self._step(
+            "A second pod on GPU 1 asks for less: the lower limit holds",
+            "kubectl apply -f batch.yaml   # annotated with 300",
+        )
         since = time.monotonic_ns()
         batch = self._node.add_pod("batch", limit=300, gpus=[1])
         self._limit(since, {1: 300})
@@ -115,13 +127,18 @@ class Tour:
         self._limit(since, {1: 400})
 
     def _mistypes(self, trainer: Pod) -> None:
-        self._step("A value that is none changes nothing", f"{_annotate('trainer')}=350W …")
+        self._step(
+            "A value that cannot be read changes nothing",
+            f"{_annotate('trainer')}=350W --overwrite",
+        )
         self._node.annotate(trainer, "350W")
         self._state(trainer, "invalid")
         self._check("both GPUs still at 400 W", lambda: self._node.limits_mw()[:2] == [400_000] * 2)
 
     def _loses_the_enforcer(self, trainer: Pod) -> None:
-        self._step("Kill the enforcer, ask for another limit meanwhile", "kill -9 $(pgrep …)")
+        pid = self._node.pid("enforcer")
+        self._step("Kill the enforcer, ask for another limit meanwhile", f"kill -9 {pid}")
+        self._command(f"{_annotate('trainer')}=320 --overwrite")
         since = time.monotonic_ns()
         killed = self._node.kill_enforcer()
         self._node.annotate(trainer, 320)
@@ -131,17 +148,19 @@ class Tour:
         self._check(
             "it still knows what it found: "
             + ", ".join(f"GPU {k} {format_watts(self._found_mw[k])} W" for k in (0, 1)),
-            lambda: self._originals()[:2] == self._found_mw[:2],
+            lambda: (
+                self._originals() == {self._node.gpus[k].uuid: self._found_mw[k] for k in (0, 1)}
+            ),
         )
 
     def _loses_the_api(self, trainer: Pod) -> None:
-        self._step("The Kubernetes API goes away", "# (the API server ends)")
+        self._step("The Kubernetes API goes away, a worker restarts, the API comes back", "")
         with self._node.api_outage():
             writes = len(self._node.gpus.sets())
             self._node.restart_worker(trainer, [0, 1])
             self._check("a worker that restarts keeps its limit", lambda: self._sees(trainer))
             self._check("nothing was written", lambda: len(self._node.gpus.sets()) == writes)
-            self._command(f"{_annotate('trainer')}=360 …   # as soon as it is back")
+        self._command(f"{_annotate('trainer')}=360 --overwrite   # as soon as it is back")
         since = time.monotonic_ns()
         self._node.annotate(trainer, 360)
         self._limit(since, {0: 360, 1: 360})
@@ -188,10 +207,12 @@ class Tour:
     # ------------------------------------------------------------------ checking
 
     def _step(self, title: str, command: str) -> None:
+        # For the reader, and because two writes to one GPU are a tenth of a second apart at least.
+        time.sleep(_PAUSE_S)
         self._paper.step(title, command)
 
     def _command(self, command: str) -> None:
-        self._paper.say(f"    $ {command}")
+        self._paper.command(command)
 
     def _check(
         self,
@@ -239,7 +260,12 @@ class Tour:
         self._check(f"powerctl says: {state}", is_so)
         for told in self._pods():
             if told.uid == pod.uid:
-                self._paper.say(f"      {told.reason}")
+                self._paper.say(f"      {self._named(told.reason)}")
+
+    def _named(self, text: str) -> str:
+        for pod in self._node.pods.values():
+            text = text.replace(pod.uid, pod.name)
+        return text
 
     def _pods(self) -> Sequence[PodStatus]:
         with contextlib.suppress(UnreachableError):
@@ -249,8 +275,7 @@ class Tour:
     def _sees(self, pod: Pod) -> bool:
         """The enforcer has noticed the new process, and left the limits alone."""
         worker = pod.workers[0].pid
-        gpus = self._node.status().gpus
-        seen = [g for g in gpus if worker in [process.pid for process in g.processes]]
+        seen = [g for g in self._gpus() if worker in [process.pid for process in g.processes]]
         return len(seen) == 2 and self._node.limits_mw()[:2] == [320_000] * 2
 
     def _enforcer_pid(self) -> int:
@@ -258,10 +283,13 @@ class Tour:
             return self._node.status(0.5).enforcer.pid
         return 0
 
-    def _originals(self) -> list[int | None]:
+    def _gpus(self) -> Sequence[GpuStatus]:
         with contextlib.suppress(UnreachableError):
-            return [gpu.original_mw for gpu in self._node.status().gpus]
-        return []
+            return self._node.status().gpus
+        return ()
+
+    def _originals(self) -> dict[str, int | None]:
+        return {gpu.uuid: gpu.original_mw for gpu in self._gpus() if gpu.managed}
 
     def _holds(self, what: str, gpus: list[int]) -> None:
         self._check(what, lambda: not any(self._node.gpus[k].sets() for k in gpus))
@@ -287,7 +315,9 @@ def introduce(node: SimNode, paper: Paper) -> None:
     names = {gpu.name for gpu in node.gpus}
     root = os.geteuid() == 0
     paper.title(f"Power Agent {__version__} on a simulated node")
-    paper.say(f"    GPUs        {len(node.gpus)} x {', '.join(names)}, simulated NVML {DRIVER_VERSION}")
+    paper.say(
+        f"    GPUs        {len(node.gpus)} x {', '.join(names)}, simulated NVML {DRIVER_VERSION}"
+    )
     paper.say(f"    Kubernetes  {kind} at {node.api.url}")
     users = f"enforcer as uid 0, watcher as uid {node.watcher_uid}" if root else "all as this user"
     paper.say(f"    agent       under supervisord, {users}")
