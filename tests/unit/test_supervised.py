@@ -30,7 +30,9 @@ WATCHER_UID = 12345  # without a passwd entry on purpose
 
 # Says who and what it is; the enforcer also answers pings as the real one does.
 STAND_IN = """\
-#!{python}
+#!/bin/sh
+'''exec' "{python}" "$0" "$@"  # for sh; to Python it is a string (a path may hold a space)
+' '''
 import json, os, pathlib, signal, sys
 program = sys.argv[-1]
 def leave(*_):
