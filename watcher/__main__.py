@@ -1,0 +1,106 @@
+"""The watcher, as a checklist: settings, API, link to the enforcer, health, reflect and publish."""
+
+import signal
+import sys
+import threading
+import time
+
+from shared import __version__
+from shared.logs import Log
+from shared.settings import SettingsError, WatcherSettings, exit_usage, from_command_line
+from shared.transport import Client
+from watcher import health, metrics
+from watcher.events import Recorder
+from watcher.kube import Api
+from watcher.metadata import PodReader
+from watcher.publisher import Mailbox, Publisher
+from watcher.reflector import LIST_TIMEOUT_S, WATCH_S, WATCH_SLACK_S, Reflector, Scope
+
+_PROGRAM = "power-agent-watcher"
+_PURPOSE = "Follows the power-limit annotations of this node's pods and tells the enforcer."
+_REFLECTOR_TURN_S = WATCH_S[1] + WATCH_SLACK_S + LIST_TIMEOUT_S
+_PUBLISHER_TURN_S = 15.0
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; returns the exit status."""
+    settings = from_command_line(_PROGRAM, _PURPOSE, WatcherSettings)
+    log = Log("watcher", settings.log_level, settings.log_format)
+    try:
+        return Watcher(settings, log).run()
+    except SettingsError as error:
+        exit_usage(_PROGRAM, str(error))
+
+
+class Watcher:
+    """The parts, and the threads they run in; the publisher has the main one."""
+
+    def __init__(self, settings: WatcherSettings, log: Log) -> None:
+        """Put the parts together; raises SettingsError."""
+        self._settings, self._log = settings, log
+        self._stop, self._counts, self._mailbox = threading.Event(), metrics.Counts(), Mailbox()
+        self._api = Api(settings.kubeconfig, in_kubernetes=settings.in_kubernetes)
+        self._recorder = Recorder(self._api, settings.node, log) if settings.events else None
+        on_report = self._recorder.take if self._recorder else lambda _: None
+        client, box = Client(settings.run_dir), self._mailbox
+        self._publisher = Publisher(client, box, settings.node, self._counts, log, on_report)
+        scope, reader = Scope(settings.node, settings.namespace), PodReader(settings.annotation)
+        self._reflector = Reflector(self._api, scope, reader, box.offer, self._counts, log)
+        self._reflecting = threading.Thread(
+            target=self._reflector.run, name="reflector", daemon=True
+        )
+
+    def run(self) -> int:
+        """Serve, reflect and publish until a signal; returns the exit status."""
+        self._catch_signals()
+        if self._settings.metrics is not None:
+            health.Server(self._settings.metrics, self._pages()).start()
+        if self._recorder is not None:
+            threading.Thread(target=self._recorder.run, args=(self._stop,), daemon=True).start()
+        self._log.info("started", version=__version__, api=self._api.host, **self._scope())
+        if not self._api.verifies:
+            self._log.warning("api_unverified", why="the API server does not prove who it is")
+        self._reflecting.start()
+        self._publisher.run(self._stop)
+        self._reflector.stop()
+        self._log.info("stopped")
+        return 0
+
+    def _scope(self) -> dict[str, str]:
+        return {"node": self._settings.node, "namespace": self._settings.namespace or "all"}
+
+    def _catch_signals(self) -> None:
+        """Let SIGTERM and SIGINT end the publisher, also in the middle of a wait."""
+        # The descriptor is written by the signal itself; a handler alone would run after the wait.
+        signal.set_wakeup_fd(self._mailbox.ring_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+
+    def _pages(self) -> dict[str, health.Page]:
+        return {
+            "/metrics": lambda: (
+                200,
+                metrics.CONTENT_TYPE,
+                metrics.page(self._counts, self._publisher.link()),
+            ),
+            "/healthz": lambda: health.checklist(self._stuck()),
+            "/readyz": lambda: health.checklist(self._missing()),
+        }
+
+    def _stuck(self) -> list[str]:
+        now, stuck = time.monotonic(), []
+        turned_s = now - self._reflector.turned_at
+        if not self._reflecting.is_alive() or turned_s > _REFLECTOR_TURN_S:
+            stuck.append("reflector: stuck")
+        if now - self._publisher.turned_at > _PUBLISHER_TURN_S:
+            stuck.append("publisher: stuck")
+        return stuck
+
+    def _missing(self) -> list[str]:
+        problem = self._reflector.problem or "asking"
+        listed = [] if self._reflector.listed else [f"pods: not listed yet: {problem}"]
+        return listed + self._publisher.missing()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Kubernetes Events on pods: tells a pod's author what became of the limit asked for.
+
+Only a help for people, so it gives way: a bounded queue, a bounded rate, and nothing waits for it.
+"""
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, Protocol
+from urllib.parse import quote
+
+import msgspec
+
+from shared import messages
+from shared.logs import Log
+from shared.units import format_watts
+from watcher.kube import ApiError
+
+RULE = '- {apiGroups: [""], resources: ["events"], verbs: ["create"]}'
+_QUEUE = 128
+_BURST = 25
+_PER_S = 1.0
+_TIMEOUT_S = 10.0
+_REASONS: dict[str, tuple[Literal["Normal", "Warning"], str]] = {
+    "enforced": ("Normal", "PowerLimitApplied"),
+    "clamped": ("Warning", "PowerLimitClamped"),
+    "conflict": ("Warning", "PowerLimitConflict"),
+    "invalid": ("Warning", "InvalidPowerLimit"),
+    "failed": ("Warning", "PowerLimitFailed"),
+}
+
+
+class Api(Protocol):
+    """What `kube.Api` offers."""
+
+    def post(self, path: str, body: bytes, *, read_timeout_s: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One Event to be: which pod, and what there is to say."""
+
+    uid: str
+    namespace: str
+    name: str
+    kind: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+def notes(before: dict[str, messages.Pod], pods: list[messages.Pod]) -> list[Note]:
+    """Return what is new for each pod; waiting for a first process is not worth an Event."""
+    return [
+        Note(pod.uid, pod.namespace, pod.name, *_REASONS[pod.state], _text(pod))
+        for pod in pods
+        if pod.state in _REASONS and _facts(before.get(pod.uid)) != _facts(pod)
+    ]
+
+
+def _facts(pod: messages.Pod | None) -> tuple[object, ...]:
+    # Not the reason: its words may hold numbers that move.
+    return () if pod is None else (pod.state, pod.raw, pod.effective_mw, pod.gpus)
+
+
+def _text(pod: messages.Pod) -> str:
+    has, asked = format_watts(pod.effective_mw), format_watts(pod.requested_mw)
+    if pod.state == "invalid":
+        return f"GPU power limit {pod.raw!r} cannot be used: {pod.reason}"
+    if pod.state == "failed":
+        return f"GPU power limit {asked} W could not be set: {pod.reason}"
+    on = f"on {', '.join(pod.gpus)}"
+    text = f"GPU power limit {has} W holds {on}"
+    return text if pod.state == "enforced" else f"{text}, asked for {asked} W: {pod.reason}"
+
+
+class Recorder:
+    """Writes Events from a thread of its own."""
+
+    def __init__(self, api: Api, node: str, log: Log) -> None:
+        """Prepare; nothing is written before `run`."""
+        self._api, self._node, self._log = api, node, log
+        self._queue: queue.Queue[Note] = queue.Queue(_QUEUE)
+        self._known: dict[str, messages.Pod] | None = None
+        self._problem: str | None = None
+
+    def take(self, report: messages.Report) -> None:
+        """Note what `report` brings; the first one only shows what has been so all along."""
+        pods = {pod.uid: pod for pod in report.pods}
+        if self._known is not None:
+            for note in notes(self._known, report.pods):
+                try:
+                    self._queue.put_nowait(note)
+                except queue.Full:
+                    break
+        self._known = pods
+
+    def run(self, stop: threading.Event) -> None:
+        """Write until stopped."""
+        tokens, filled_at = float(_BURST), time.monotonic()
+        while not stop.is_set():
+            note = self._queue.get()
+            now = time.monotonic()
+            tokens, filled_at = min(_BURST, tokens + (now - filled_at) * _PER_S), now
+            if tokens < 1:
+                stop.wait((1 - tokens) / _PER_S)
+            tokens -= 1
+            self._write(note)
+
+    def _write(self, note: Note) -> None:
+        path = f"/api/v1/namespaces/{quote(note.namespace, safe='')}/events"
+        try:
+            self._api.post(path, body(note, self._node), read_timeout_s=_TIMEOUT_S)
+        except ApiError as error:
+            remedy = f"; add to the watcher's rules: {RULE}" if error.status == 403 else ""
+            problem = f"{error}{remedy}"
+            if problem != self._problem:
+                self._log.warning("event_not_written", message=problem)
+            self._problem = problem
+        else:
+            self._problem = None
+
+
+def body(note: Note, node: str) -> bytes:
+    """Return the Event as the API takes it (core/v1)."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return msgspec.json.encode(
+        {
+            "apiVersion": "v1",
+            "kind": "Event",
+            # generateName adds 5 characters to at most 253.
+            "metadata": {"namespace": note.namespace, "generateName": f"{note.name[:230]}."},
+            "involvedObject": {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "namespace": note.namespace,
+                "name": note.name,
+                "uid": note.uid,
+            },
+            "type": note.kind,
+            "reason": note.reason,
+            "message": note.message[:1024],
+            "source": {"component": "power-agent", "host": node},
+            "reportingComponent": "power-agent",
+            "reportingInstance": node,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+    )

@@ -1,0 +1,114 @@
+"""The small HTTP server: /metrics for Prometheus, /healthz and /readyz for the kubelet."""
+
+import contextlib
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler
+
+from shared.settings import Address, SettingsError
+
+# A path's page: status, content type, body.
+Page = Callable[[], tuple[int, str, str]]
+
+_TEXT = "text/plain; charset=utf-8"
+_READ_S = 5.0
+_CONNECTIONS = 8
+_OLD_S = 2.0  # a full house drops the oldest connection, if it had time enough
+
+
+def checklist(missing: list[str]) -> tuple[int, str, str]:
+    """Return the page of a check: 200, or 503 and what is missing."""
+    return (503, _TEXT, "\n".join(missing) + "\n") if missing else (200, _TEXT, "ok\n")
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Answers GET for a few fixed paths, each connection once, with bounded time and number."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 16
+
+    def __init__(self, address: Address, pages: Mapping[str, Page]) -> None:
+        """Listen; raises SettingsError."""
+        self.pages = pages
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, float] = {}  # since when, oldest first
+        if ":" in address.host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((address.host, address.port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise SettingsError(
+                f"POWER_AGENT_METRICS_ADDR='{address.host}:{address.port}': {error}; "
+                "choose an address that is free on this node, or off"
+            ) from error
+
+    @property
+    def port(self) -> int:
+        """The port that was bound, also where any was asked for."""
+        return int(self.server_address[1])
+
+    def start(self) -> None:
+        """Serve from a thread of its own until the process ends."""
+        # Nobody calls shutdown(), so nothing has to be polled for.
+        serve = threading.Thread(target=self.serve_forever, args=(3600.0,), daemon=True)
+        serve.name = "health"
+        serve.start()
+
+    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
+        """Keep the number of connections bounded."""
+        assert isinstance(request, socket.socket)
+        now = time.monotonic()
+        with self._lock:
+            if len(self._open) >= _CONNECTIONS:
+                oldest, since = next(iter(self._open.items()))
+                if now - since < _OLD_S:
+                    return False
+                del self._open[oldest]
+                _hang_up(oldest)
+            self._open[request] = now
+        return True
+
+    def close_request(self, request: object) -> None:
+        """Forget a connection that has ended."""
+        assert isinstance(request, socket.socket)
+        with self._lock:
+            self._open.pop(request, None)
+        request.close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: a client that hangs up is no fault of this side."""
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has just ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = _READ_S
+    server_version = "power-agent"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        page = self.server.pages.get(self.path.partition("?")[0])
+        self._answer(*(page() if page else (404, _TEXT, "not here\n")))
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _answer(self, status: int, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: probes come every few seconds."""

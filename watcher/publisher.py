@@ -1,0 +1,272 @@
+"""Tells the enforcer what is wanted: at once when it changes, again and again while it does not.
+
+Rules:
+1. Nothing is sent before the first list is complete: "not known" is not "nothing".
+2. Each message is the whole wish; the revision rises by one with each that differs.
+3. What was offered last goes on being sent, whatever becomes of the Kubernetes API.
+"""
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from shared import messages
+from shared.logs import Log
+from shared.units import format_watts
+from watcher import snapshot
+from watcher.metadata import Pod
+from watcher.metrics import Counts, Link
+
+HEARTBEAT_S = 2.0
+SILENT_S = 5.0  # two heartbeats and a turn without any answer
+_RETRY_S = 0.005  # first wait where a connection that is there takes nothing; doubles
+_PENDING = 256
+_SHOWN = 16  # pods named in one log line
+
+
+class Client(Protocol):
+    """What `shared.transport.Client` offers."""
+
+    connected: bool
+    connections: int
+
+    def watch(self, fd: int) -> None: ...
+    def send(self, request: messages.Request) -> bool: ...
+    def wait(self, timeout_s: float) -> list[messages.Reply]: ...
+
+
+class Mailbox:
+    """Hands the newest pods from the reflector's thread to the publisher's; a burst is one."""
+
+    def __init__(self) -> None:
+        """Open the pipe that wakes the publisher."""
+        self.wake_fd, self._ring_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self._pods: Mapping[str, Pod] | None = None
+        self._arrived_at: float | None = None
+
+    @property
+    def ring_fd(self) -> int:
+        """The descriptor that wakes the publisher when something is written to it."""
+        return self._ring_fd
+
+    def offer(self, pods: Mapping[str, Pod], arrived_at: float | None) -> None:
+        """Replace what waits by `pods`, which a watch event of `arrived_at` made so."""
+        with self._lock:
+            self._pods = pods
+            if self._arrived_at is None:
+                self._arrived_at = arrived_at
+        self.ring()
+
+    def ring(self) -> None:
+        """Wake the publisher."""
+        with contextlib.suppress(BlockingIOError):  # full: it is awake already
+            os.write(self._ring_fd, b"\0")
+
+    def take(self) -> tuple[Mapping[str, Pod] | None, float | None]:
+        """Return what waits, None where nothing does, and silence the bell."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+        with self._lock:
+            taken = self._pods, self._arrived_at
+            self._pods = self._arrived_at = None
+        return taken
+
+
+class Publisher:
+    """Owns the link to the enforcer; one thread runs it, others only look at it."""
+
+    def __init__(
+        self,
+        client: Client,
+        mailbox: Mailbox,
+        node: str,
+        counts: Counts,
+        log: Log,
+        on_report: Callable[[messages.Report], None],
+    ) -> None:
+        """Prepare; nothing is sent before `run`."""
+        self._client, self._mailbox, self._node = client, mailbox, node
+        self._counts, self._log, self._on_report = counts, log, on_report
+        self._session = secrets.token_hex(16)
+        self._content = snapshot.EMPTY
+        self._snapshot: messages.Snapshot | None = None
+        self._revision = 0
+        self._connections = 0
+        self._due_at = time.monotonic()
+        self._retry_s = _RETRY_S
+        self._pending: list[tuple[int, float]] = []  # (revision, when its first event arrived)
+        self._reported_at = time.monotonic()
+        self._report: messages.Report | None = None
+        self._heard = False
+        self._owed_since: float | None = None  # when the oldest request without an answer was due
+        self._silent = False
+        self.too_much: str | None = None
+        self.refused: str | None = None
+        self.turned_at = time.monotonic()
+
+    def run(self, stop: threading.Event) -> None:
+        """Publish until `stop` is set (and the mailbox's bell rung)."""
+        self._client.watch(self._mailbox.wake_fd)
+        while not stop.is_set():
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for something to do and do it."""
+        try:
+            replies = self._client.wait(max(0.0, self._due_at - time.monotonic()))
+        except msgspec.DecodeError as error:
+            self._refuse("answer", f"the enforcer's answer makes no sense: {error}")
+            replies = []
+        self.turned_at = now = time.monotonic()
+        for reply in replies:
+            self._take(reply, now)
+        self._update()
+        reconnected = self._client.connections != self._connections
+        self._connections = self._client.connections
+        if reconnected or now >= self._due_at:
+            self._send(now)
+        self._watch_silence(now)
+
+    def _update(self) -> None:
+        """Make the newest pods the wish, if they ask for something else than before."""
+        pods, arrived_at = self._mailbox.take()
+        if pods is None:
+            return
+        try:
+            content = snapshot.content(pods.values())
+            if self._snapshot is not None and content == self._content:
+                return
+            candidate = self._make(content)
+        except snapshot.TooMuchError as error:
+            self._suspend(str(error))
+            return
+        self.too_much = None
+        self._revision = candidate.revision
+        before, self._content, self._snapshot = self._content, content, candidate
+        if arrived_at is not None and len(self._pending) < _PENDING:
+            self._pending.append((self._revision, arrived_at))
+        self._due_at = time.monotonic()
+        self._send(self._due_at)
+        self._tell(before, content, pods)
+
+    def _make(self, content: snapshot.Content) -> messages.Snapshot:
+        made = messages.Snapshot(
+            session=self._session,
+            revision=self._revision + 1,
+            node=self._node,
+            pods=content.pods,
+            others=content.others,
+        )
+        size = len(messages.encode(made))
+        if size > messages.MAX_MESSAGE_BYTES:
+            most = messages.MAX_MESSAGE_BYTES
+            raise snapshot.TooMuchError(f"the snapshot has {size} bytes; at most {most}")
+        return made
+
+    def _suspend(self, problem: str) -> None:
+        """Send nothing any more: what is wanted cannot be said, and what was said is outdated."""
+        if self.too_much is None:
+            self._log.error("snapshot_impossible", message=problem)
+        self.too_much = problem
+        self._snapshot = None
+        self._pending.clear()
+
+    def _send(self, now: float) -> None:
+        self._due_at = now + HEARTBEAT_S
+        if self._snapshot is None:
+            return
+        if self._owed_since is None:
+            self._owed_since = now
+        if self._client.send(self._snapshot):
+            self._retry_s = _RETRY_S
+        elif self._client.connected:
+            self._due_at = now + self._retry_s
+            self._retry_s = min(HEARTBEAT_S, self._retry_s * 2)
+
+    def _take(self, reply: messages.Reply, now: float) -> None:
+        self._heard, self._owed_since = True, None
+        match reply:
+            case messages.Report() if reply.session == self._session:
+                self._reported_at, self._report = now, reply
+                self._accepted()
+                done = [at for revision, at in self._pending if revision <= reply.revision]
+                for arrived_at in done:
+                    self._counts.latency.observe(now - arrived_at)
+                del self._pending[: len(done)]
+                self._on_report(reply)
+            case messages.Error(code="stale"):
+                self._refuse("stale", f"another watcher took over this node: {reply.message}")
+            case messages.Error():
+                self._refuse(reply.code, f"the enforcer refuses ({reply.code}): {reply.message}")
+            case _:
+                pass  # an answer to nothing that was asked here
+
+    def _refuse(self, code: str, problem: str) -> None:
+        if self.refused is None:
+            self._log.error("enforcer_refuses", code=code, message=problem)
+        self.refused = problem
+
+    def _accepted(self) -> None:
+        if self.refused is not None:
+            self._log.info("enforcer_accepts")
+        self.refused = None
+
+    def _watch_silence(self, now: float) -> None:
+        if self._snapshot is None:  # it is asked nothing, so it owes no answer
+            self._owed_since = None
+            return
+        silent_s = 0.0 if self._owed_since is None else now - self._owed_since
+        if silent_s >= SILENT_S and not self._silent:
+            self._silent = True
+            remedy = "see the enforcer's log; both need the same POWER_AGENT_RUN_DIR"
+            connected = self._client.connected
+            self._log.warning("enforcer_silent", connected=connected, remedy=remedy)
+        elif self._silent and self._owed_since is None:
+            self._silent = False
+            self._log.info("enforcer_answers")
+
+    def _tell(
+        self, before: snapshot.Content, after: snapshot.Content, pods: Mapping[str, Pod]
+    ) -> None:
+        """Log what is wanted now, and what cannot be made sense of: once per change."""
+        changed, gone = snapshot.changed(before, after), snapshot.gone(before, after)
+        sizes = {"revision": self._revision, "pods": len(after.pods), "others": len(after.others)}
+        if not changed and not gone and self._revision > 1:
+            self._log.debug("wanted", **sizes)
+            return
+        watts = {f"{p.namespace}/{p.name}": format_watts(p.limit_mw) for p in changed[:_SHOWN]}
+        names = [f"{p.namespace}/{p.name}" for p in gone[:_SHOWN]]
+        self._log.info("wanted", **sizes, watts=watts, gone=names)
+        for pod in [pod for pod in changed if pod.limit_mw is None][:_SHOWN]:
+            wish = pods[pod.uid].wish
+            problem = wish.problem if wish is not None else ""
+            place = {"namespace": pod.namespace, "pod": pod.name}
+            self._log.warning("annotation_unusable", **place, value=pod.raw, problem=problem)
+
+    def link(self) -> Link:
+        """Return how the enforcer is doing, for the metrics."""
+        now = time.monotonic()
+        up = self._heard and self._client.connected and not self._silent
+        age_s = now - self._reported_at
+        current = up and self.refused is None and age_s <= SILENT_S
+        return Link(up=up, snapshot_age_s=age_s, report=self._report, current=current)
+
+    def missing(self) -> list[str]:
+        """Return what keeps limits from being enforced, as far as this side can see."""
+        if self.too_much is not None:
+            return [f"snapshot: {self.too_much}"]
+        if self.refused is not None:
+            return [f"enforcer: {self.refused}"]
+        link = self.link()
+        if link.report is None or not link.up:
+            return ["enforcer: no answer"]
+        if link.report.nvml != "ok":
+            return [f"nvml: {link.report.nvml}: {link.report.nvml_message}"]
+        return []
