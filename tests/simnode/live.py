@@ -29,8 +29,8 @@ def how_to_reach(node: SimNode, kubeconfig: Path) -> list[str]:
         f"{kubectl} get pods",
         f"{kubectl} annotate pod {pod} {ANNOTATION}=300 --overwrite",
         f"{kubectl} delete pod {pod}",
-        f"{powerctl} --socket {node.run_dir} explain default/{pod}",
-        f"{powerctl} --socket {node.run_dir} events",
+        f"{powerctl} explain default/{pod} --socket {node.run_dir}",
+        f"{powerctl} events --socket {node.run_dir}",
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,9 +54,8 @@ class Program:
     def supervisord(where: Installation, environment: Mapping[str, str], log: Path) -> Program:
         """Both, and their watchdog."""
         program = str(Path(sys.executable).with_name("supervisord"))
-        user = [] if os.geteuid() == 0 else ["-u", str(os.geteuid())]
-        command = [program, *user, "-c", str(where.home / "supervisord.conf")]
-        return Program("supervisord", command, environment, log)
+        arguments = _configuration(where.home / "supervisord.conf", log.parent)
+        return Program("supervisord", [program, *arguments], environment, log)
 
     @property
     def pid(self) -> int:
@@ -132,8 +133,21 @@ class Program:
         return "\n".join(parts)
 
 
-def children_of(parent: int, program: str) -> list[int]:
-    """Pids of the children whose last argument is `program`, as `python -m program` has it."""
+def _configuration(file: Path, scratch: Path) -> list[str]:
+    """Supervisord's arguments; without root everything runs as this user."""
+    if os.geteuid() == 0:
+        return ["-c", str(file)]
+    try:
+        return ["-u", pwd.getpwuid(os.geteuid()).pw_name, "-c", str(file)]
+    except KeyError:  # supervisord would ask for a name, which the users of some clusters lack
+        text = file.read_text().replace("%(here)s", str(file.parent))
+        own = scratch / "supervisord.conf"
+        own.write_text(re.sub(r"^user=.*\n", "", text, flags=re.MULTILINE))
+        return ["-c", str(own)]
+
+
+def children_of(parent: int, program: str | None = None) -> list[int]:
+    """Pids of the children, those of `python -m program` or all."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -141,7 +155,8 @@ def children_of(parent: int, program: str) -> list[int]:
                 fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
                 arguments = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
                 # launch.py has the name as its last argument too, before it becomes the program.
-                if int(fields[1]) == parent and arguments[-2:] == [b"-m", program.encode()]:
+                wanted = program is None or arguments[-2:] == [b"-m", program.encode()]
+                if int(fields[1]) == parent and wanted:
                     found.append(int(entry.name))
     return found
 

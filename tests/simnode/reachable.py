@@ -23,12 +23,16 @@ from pathlib import Path
 
 from tests.simnode.guardian import Guardian
 
+StrPath = str | os.PathLike[str]
 ROOT = Path(__file__).resolve().parents[2]
 WATCHER_UID = 65532
 _LOOKS = """\
+import sys
 from importlib.util import find_spec
 import msgspec, zmq
-assert all(map(find_spec, ("watcher", "shared", "kubernetes")))
+assert find_spec("kubernetes")
+assert all(find_spec(name).origin.startswith(sys.argv[1]) for name in ("watcher", "shared"))
+open(sys.argv[1] + "/supervisord.conf").close()
 """
 
 
@@ -71,7 +75,7 @@ def _open_to_all(folder: Path) -> bool:
 def installation() -> Installation:
     """The checkout itself where the watcher's user can read it, else what it needs of it."""
     here = Installation(ROOT, Path(sys.executable))
-    if _works(here.watcher_python):
+    if _works(here):
         return here
     base = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
     if not (_open_to_all(base.parent) and _open_to_all(Path(os.__file__).resolve().parent)):
@@ -80,7 +84,7 @@ def installation() -> Installation:
             "set up with one outside of a home, make setup PYTHON=/usr/bin/python3"
         )
     copy = _copy()
-    if not _works(copy.watcher_python):
+    if not _works(copy):
         raise UnreachableError(
             f"user {WATCHER_UID} cannot start {copy.watcher_python}: is {copy.home} on a file "
             "system mounted noexec? Name another one in TMPDIR"
@@ -88,16 +92,17 @@ def installation() -> Installation:
     return copy
 
 
-def _works(python: Path) -> bool:
+def _works(tried: Installation) -> bool:
+    """Whether the watcher's user can start this checkout's watcher there."""
     with contextlib.suppress(OSError):
-        tried = subprocess.run(
-            [python, "-I", "-c", _LOOKS],
+        looked = subprocess.run(
+            [tried.watcher_python, "-I", "-c", _LOOKS, tried.home],
             cwd="/",
             capture_output=True,
             check=False,
             **as_user(watcher_uid()),  # type: ignore[call-overload]
         )
-        return bool(tried.returncode == 0)
+        return bool(looked.returncode == 0)
     return False
 
 
@@ -145,12 +150,12 @@ def _put_distribution(name: str, packages: Path) -> None:
             _put(file.locate(), target)
 
 
-def _put(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def _put(source: StrPath, target: StrPath) -> None:
     """The same file under another name if everyone may read it, else a copy that everyone may."""
-    mode = os.stat(source).st_mode
+    mode = Path(source).stat().st_mode
     if mode & 0o004:
         with contextlib.suppress(OSError):  # another file system
             os.link(source, target)
             return
     shutil.copyfile(source, target)
-    os.chmod(target, 0o755 if mode & 0o100 else 0o644)
+    Path(target).chmod(0o755 if mode & 0o100 else 0o644)

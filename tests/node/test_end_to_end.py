@@ -1,0 +1,532 @@
+"""The whole agent on a simulated node: real processes, sockets, users and cgroups.
+
+What is asserted is what the hardware says, read past the agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.messages import MAX_PODS, RAW_CHARS
+from tests.node.conftest import MakeNode
+from tests.simnode.kubeapi import KubeApi
+from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
+from tests.simnode.programs import children_of
+from tests.simnode.reachable import as_user
+
+FOUND = 700  # an H100's factory default, in watts
+
+
+def embedded(node: SimNode) -> KubeApi:
+    assert isinstance(node.api, KubeApi)
+    return node.api
+
+
+def stays(node: SimNode, condition: Callable[[], object], for_s: float) -> None:
+    """Fails as soon as the condition does not hold, up to `for_s` from now."""
+    deadline = time.monotonic() + for_s
+    while time.monotonic() < deadline:
+        assert condition(), node.explain()
+        time.sleep(0.01)
+
+
+def page(node: SimNode, path: str) -> tuple[int, str]:
+    url = f"http://127.0.0.1:{node.metrics_port}{path}"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)
+
+
+# ---------------------------------------------------------------------- the way of one limit
+
+
+def test_an_annotation_becomes_a_limit_and_is_given_back(node: SimNode) -> None:
+    node.gpus[0].limit_mw = 650_000  # somebody's choice, which is not the factory's
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.annotate(pod, 420.5)
+    node.wait_for_limit(0, 420.5)
+    node.annotate(pod, None)
+    node.wait_for_limit(0, 650)
+    assert node.gpus[1].sets() == []
+
+
+def test_a_pods_limit_holds_on_each_of_its_gpus(node: SimNode) -> None:
+    node.add_pod("trainer", limit=350, gpus=[0, 1])
+    node.wait_for_limit(0, 350)
+    node.wait_for_limit(1, 350)
+
+
+def test_graceful_deletion_gives_back(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.delete_pod(pod)
+    node.wait_for_limit(0, FOUND)
+    assert node.api.get_pod("default", "trainer") is None
+
+
+def test_forced_deletion_holds_until_the_processes_end(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.delete_pod(pod, grace=False)
+    node.wait_for(
+        lambda: [gpu.state for gpu in node.status().gpus if gpu.managed] == ["held"], 5, "held"
+    )
+    stays(node, lambda: node.limit_mw(0) == 350_000, 0.5)
+    node.end_workers(pod)
+    node.wait_for_limit(0, FOUND)
+
+
+def test_a_finished_pod_gives_back(node: SimNode) -> None:
+    pod = node.add_pod("job", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.end_workers(pod)
+    node.api.set_phase("default", "job", "Succeeded")
+    node.wait_for_limit(0, FOUND)
+
+
+def test_a_worker_that_comes_after_its_annotation_gets_the_limit(make_node: MakeNode) -> None:
+    node = make_node(settings={"POWER_AGENT_SCAN_SECONDS": "30"})
+    pod = node.add_pod("trainer", limit=350)
+    node.wait_for_state(pod, "waiting")
+    node.add_worker(pod, [0])
+    node.wait_for_limit(0, 350, deadline_s=1)  # it is looked for far more often than every 30 s
+
+
+def test_a_worker_that_hops_takes_its_limit_along(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    pod.workers[0].hop(node.gpus[1])
+    node.wait_for_limit(1, 350)
+    node.workers.of_host([node.gpus[0]])
+    node.wait_for_limit(0, FOUND)  # another's now
+    assert node.limit_mw(1) == 350_000
+
+
+def test_the_lowest_of_two_pods_limits_holds(node: SimNode) -> None:
+    node.add_pod("first", limit=400, gpus=[0])
+    node.wait_for_limit(0, 400)
+    second = node.add_pod("second", limit=300, gpus=[0])
+    node.wait_for_limit(0, 300)
+    node.delete_pod(second)
+    node.wait_for_limit(0, 400)
+
+
+def test_a_request_outside_the_bounds_is_clamped_and_says_so(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=90, gpus=[0])
+    node.wait_for_limit(0, 200)
+    node.wait_for_state(pod, "clamped")
+
+
+def test_drift_is_mended(node: SimNode) -> None:
+    node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.gpus[0].limit_mw = 700_000
+    node.wait_for_limit(0, 350)
+    assert node.status().counters.drifts == 1
+
+
+def test_sigterm_gives_every_gpu_back(node: SimNode) -> None:
+    node.add_pod("trainer", limit=350, gpus=[0, 1])
+    node.wait_for_limit(0, 350)
+    node.wait_for_limit(1, 350)
+    assert node.stop() == {"enforcer": 0, "watcher": 0}
+    assert node.limits_mw() == [FOUND * 1000] * 2
+
+
+# ---------------------------------------------------------------------- whose pods
+
+
+def test_static_pod_is_known_by_its_config_hash(node: SimNode) -> None:
+    node.add_pod("static", limit=350, gpus=[0], static=True)
+    node.wait_for_limit(0, 350)
+
+
+def test_config_hash_on_an_ordinary_pod_is_not_believed(node: SimNode) -> None:
+    victim = node.add_pod("static", limit=400, gpus=[0], static=True)
+    node.wait_for_limit(0, 400)
+    thief = {ANNOTATION: "250", CONFIG_HASH: victim.cgroup_uid}
+    node.api.create_pod("thief", node=node.name, annotations=thief)
+    node.wait_for(lambda: len(node.status().pods) == 2, 5, "both pods")
+    stays(node, lambda: node.limit_mw(0) == 400_000, 0.5)
+
+
+def test_pod_of_another_node_is_ignored(node: SimNode) -> None:
+    other = node.api.create_pod("far", node="node-b", annotations={ANNOTATION: "300"})
+    node.workers.of_pod(other["metadata"]["uid"], [node.gpus[1]])
+    node.add_pod("near", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    assert [pod.name for pod in node.status().pods] == ["near"]
+    stays(node, lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
+
+
+def test_watch_namespace_sees_no_other(make_node: MakeNode) -> None:
+    node = make_node(settings={"WATCH_NAMESPACE": "team-a"})
+    node.add_pod("elsewhere", limit=300, gpus=[1])
+    node.add_pod("trainer", limit=350, gpus=[0], namespace="team-a")
+    node.wait_for_limit(0, 350)
+    stays(node, lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
+    asked = {request.path.partition("?")[0] for request in embedded(node).requests()}
+    assert asked == {"/api/v1/namespaces/team-a/pods"}
+
+
+def test_only_metadata_is_asked_for(node: SimNode) -> None:
+    pods = [r for r in embedded(node).requests() if r.resource == "pods"]
+    assert {r.verb for r in pods} == {"list", "watch"}
+    assert all("as=PartialObjectMetadata" in r.accept for r in pods)
+
+
+# ---------------------------------------------------------------------- large and odd
+
+
+def test_a_thousand_pods(make_node: MakeNode) -> None:
+    node = make_node(start=False)
+    for number in range(1000):
+        node.api.create_pod(f"pod-{number}", node=node.name, annotations={ANNOTATION: "400"})
+    node.start()
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    assert len(node.status().pods) == 1001
+    node.annotate(pod, 300)
+    node.wait_for_limit(0, 300, deadline_s=1)
+
+
+def test_too_many_pods_hold_what_is_and_say_so(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    for number in range(MAX_PODS):
+        node.api.create_pod(f"pod-{number}", node=node.name)
+    node.wait_for(lambda: f"at most {MAX_PODS}" in page(node, "/readyz")[1], 10, "red readyz")
+    node.annotate(pod, None)
+    stays(node, lambda: node.limit_mw(0) == 350_000, 0.5)
+    node.delete_pod(pod)
+    node.api.delete_pod("default", "pod-0")
+    node.wait_for_limit(0, FOUND)
+
+
+def test_annotation_of_64_kib_harms_nobody(node: SimNode) -> None:
+    huge = node.add_pod("huge", limit="9" * 65536, gpus=[0])
+    node.add_pod("trainer", limit=350, gpus=[1])
+    node.wait_for_limit(1, 350)
+    node.wait_for_state(huge, "invalid")
+    told = next(pod for pod in node.status().pods if pod.name == "huge")
+    assert len(told.raw) == RAW_CHARS
+    assert node.gpus[0].sets() == []
+
+
+@pytest.mark.parametrize("value", ["350W", "-1", "0", "1e3", "NaN", "３５０", "", "100001"])
+def test_unusable_value_keeps_the_limit_and_is_said_once(node: SimNode, value: str) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.annotate(pod, value)
+    node.wait_for_state(pod, "invalid")
+    stays(node, lambda: node.limit_mw(0) == 350_000, 0.3)
+    warnings = [line for line in node.log_lines() if line["event"] == "annotation_unusable"]
+    assert [line["value"] for line in warnings] == [value]
+
+
+# ---------------------------------------------------------------------- crashes
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_at_any_moment_ends_in_the_same_state(make_node: MakeNode, seed: int) -> None:
+    """I9: requests, workers and kills in any order; then both programs run, and all is right."""
+    chance = random.Random(seed)
+    node = make_node(gpus=3)
+    node.gpus[1].limit_mw = 650_000
+    pods = [node.add_pod(f"pod-{k}", limit=300 + k, gpus=[k]) for k in range(3)]
+    for _ in range(6):
+        pod = chance.choice(pods)
+        wanted = chance.choice([250, 333.5, 400, None, "broken"])
+        node.annotate(pod, wanted)
+        _wait_a_moment(chance)
+        for program in chance.choice([["enforcer"], ["watcher"], ["watcher", "enforcer"]]):
+            with contextlib.suppress(LookupError):
+                node.kill(program)
+                node.programs[program].start()
+    for pod, watts in zip(pods, (310, 320, 330), strict=True):
+        node.annotate(pod, watts)
+    for gpu, watts in enumerate((310, 320, 330)):
+        node.wait_for_limit(gpu, watts, deadline_s=10)
+    for pod in pods:
+        node.annotate(pod, None)
+    for gpu, watts in enumerate((FOUND, 650, FOUND)):
+        node.wait_for_limit(gpu, watts)
+
+
+def _wait_a_moment(chance: random.Random) -> None:
+    time.sleep(chance.choice([0, 0.002, 0.01, 0.1, 0.3]))  # the moment of a kill is the input here
+
+
+def test_an_enforcer_that_was_killed_knows_what_it_found(node: SimNode) -> None:
+    node.gpus[0].limit_mw = 650_000
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.kill_enforcer()
+    node.delete_pod(pod)
+    assert node.limit_mw(0) == 350_000
+    node.start_enforcer()
+    node.wait_for_limit(0, 650)
+
+
+def test_a_killed_watcher_releases_nothing(node: SimNode) -> None:
+    """I4, I5: a watcher that is silent, or has just begun, is no reason to raise a limit."""
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.kill_watcher()
+    with node.api_outage():
+        node.start_watcher()
+        stays(node, lambda: node.limit_mw(0) == 350_000, 1.0)
+    node.annotate(pod, 300)
+    node.wait_for_limit(0, 300, deadline_s=10)
+
+
+def test_supervisord_brings_all_back(make_node: MakeNode) -> None:
+    node = make_node(supervised=True)
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    killed = [node.kill_enforcer(), node.kill_watcher()]
+    node.annotate(pod, 300)
+    node.wait_for_limit(0, 300, deadline_s=15)
+    assert node.pid("enforcer") not in killed
+    assert node.pid("watcher") not in killed
+    assert node.stop() == {"supervisord": 0}
+    assert node.limit_mw(0) == FOUND * 1000
+
+
+# ---------------------------------------------------------------------- the API fails
+
+
+def test_api_down_at_start(make_node: MakeNode) -> None:
+    node = make_node(start=False)
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    with node.api_outage():
+        node.start_enforcer()
+        node.start_watcher()
+        node.wait_for(lambda: "pods: not listed yet" in page(node, "/readyz")[1], 10, "readyz")
+        assert page(node, "/healthz")[0] == 200
+        assert node.gpus[0].sets() == []
+    node.wait_for_limit(0, 350, deadline_s=10)
+    node.wait_for_state(pod, "enforced")
+
+
+def test_api_outage_keeps_limits_also_of_a_worker_that_restarts(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    before = len(node.gpus.sets())
+    with node.api_outage():
+        worker = node.restart_worker(pod, [0])
+        node.wait_for(lambda: worker.pid in _pids_seen(node), 5, "the new process seen")
+        stays(node, lambda: node.limit_mw(0) == 350_000, 0.5)
+    assert len(node.gpus.sets()) == before
+    node.annotate(pod, 300)
+    node.wait_for_limit(0, 300, deadline_s=10)
+    assert embedded(node).count("list") == 1  # it went on where it was
+
+
+def _pids_seen(node: SimNode) -> set[int]:
+    return {process.pid for gpu in node.status().gpus for process in gpu.processes}
+
+
+@pytest.mark.parametrize("how", ["HTTP 410", "ERROR event"])
+def test_compaction_lists_once_and_loses_nothing(node: SimNode, how: str) -> None:
+    api = embedded(node)
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    gone = node.add_pod("gone", limit=400, gpus=[1])
+    node.wait_for_limit(0, 350)
+    node.wait_for_limit(1, 400)
+    node.wait_for(lambda: api.open_watches == 1, 5, "the watch")
+    with node.api_outage() if how == "HTTP 410" else contextlib.nullcontext():
+        node.annotate(pod, 300)
+        node.end_workers(gone)
+        node.api.delete_pod("default", "gone")
+        api.compact()
+        api.expire_watches()
+    node.wait_for_limit(0, 300, deadline_s=10)
+    node.wait_for_limit(1, FOUND)
+    node.annotate(pod, 310)
+    node.wait_for_limit(0, 310)
+    assert api.count("list") <= 2
+
+
+# ---------------------------------------------------------------------- quiet, and seen
+
+
+def test_steady_state_writes_lists_and_logs_nothing(make_node: MakeNode) -> None:
+    """I10, over several scans, heartbeats and readings back."""
+    node = make_node(settings={"POWER_AGENT_SCAN_SECONDS": "0.5"})
+    node.add_pod("trainer", limit=350, gpus=[0])
+    node.add_pod("other", gpus=[1])
+    node.wait_for_limit(0, 350)
+    node.wait_for(lambda: embedded(node).open_watches == 1, 5, "the watch")
+    before = len(node.gpus.sets()), embedded(node).count(), len(node.log_lines())
+    snapshots = node.status().counters.snapshots
+    stays(
+        node,
+        lambda: before == (len(node.gpus.sets()), embedded(node).count(), len(node.log_lines())),
+        4.5,
+    )
+    assert node.status().counters.snapshots >= snapshots + 2  # the heart beats
+
+
+SAMPLE = re.compile(r'(\w+)(\{(?:\w+="(?:[^"\\]|\\["\\n])*",?)+\})? ([-+\w.]+)')
+NAMES = {
+    "power_agent_gpu_limit_watts": "gauge",
+    "power_agent_gpu_enforced_limit_watts": "gauge",
+    "power_agent_gpu_default_limit_watts": "gauge",
+    "power_agent_gpu_min_limit_watts": "gauge",
+    "power_agent_gpu_max_limit_watts": "gauge",
+    "power_agent_gpu_power_watts": "gauge",
+    "power_agent_gpu_managed": "gauge",
+    "power_agent_pod_requested_limit_watts": "gauge",
+    "power_agent_pod_effective_limit_watts": "gauge",
+    "power_agent_pod_state": "gauge",
+    "power_agent_limit_writes_total": "counter",
+    "power_agent_limit_write_failures_total": "counter",
+    "power_agent_enforcement_latency_seconds": "histogram",
+    "power_agent_watch_events_total": "counter",
+    "power_agent_watch_restarts_total": "counter",
+    "power_agent_list_requests_total": "counter",
+    "power_agent_enforcer_up": "gauge",
+    "power_agent_snapshot_age_seconds": "gauge",
+    "power_agent_denied_messages_total": "counter",
+    "power_agent_build_info": "gauge",
+}
+
+
+def parse_metrics(text: str) -> tuple[dict[str, str], dict[str, float]]:
+    """(type of each metric, value of each sample); raises AssertionError where it is no text
+    that Prometheus takes."""
+    types: dict[str, str] = {}
+    samples: dict[str, float] = {}
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            assert name not in types, f"twice: {line}"
+            types[name] = kind
+        elif not line.startswith("# HELP "):
+            match = SAMPLE.fullmatch(line)
+            assert match, f"no sample: {line!r}"
+            family = re.sub(r"_(bucket|sum|count)$", "", match[1])
+            assert match[1] in types or types.get(family) == "histogram", f"untyped: {line}"
+            key = match[1] + (match[2] or "")
+            assert key not in samples, f"twice: {line}"
+            samples[key] = float(match[3])
+    return types, samples
+
+
+def test_metrics_are_prometheus_text_with_all_names(node: SimNode) -> None:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", error=999, count=1)
+    node.annotate(pod, 300)
+    node.wait_for_limit(0, 300)
+    gpu = f'{{gpu="0",UUID="{node.gpus[0].uuid}"}}'
+
+    def current() -> bool:
+        _, samples = parse_metrics(page(node, "/metrics")[1])
+        return samples.get(f"power_agent_gpu_limit_watts{gpu}") == 300
+
+    node.wait_for(current, 5, "the metrics of the limit")
+    types, samples = parse_metrics(page(node, "/metrics")[1])
+    assert {name: types.get(name) for name in NAMES} == NAMES
+    labels = f'{{namespace="default",pod="trainer",gpu="0",UUID="{node.gpus[0].uuid}"}}'
+    assert samples[f"power_agent_pod_effective_limit_watts{labels}"] == 300
+    assert samples[f"power_agent_gpu_managed{gpu}"] == 1
+    latency = "power_agent_enforcement_latency_seconds"
+    buckets = [value for key, value in samples.items() if key.startswith(f"{latency}_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == samples[f"{latency}_count"] >= 2
+
+
+def test_ready_is_red_while_the_enforcer_is_away(node: SimNode) -> None:
+    node.wait_for(lambda: page(node, "/readyz") == (200, "ok\n"), 5, "green")
+    node.kill_enforcer()
+    node.wait_for(lambda: page(node, "/readyz")[0] == 503, 10, "red")
+    assert "enforcer" in page(node, "/readyz")[1]
+    assert page(node, "/healthz")[0] == 200  # restarting the watcher would help nobody
+    node.start_enforcer()
+    node.wait_for(lambda: page(node, "/readyz") == (200, "ok\n"), 10, "green again")
+
+
+def test_ready_is_red_while_nvml_is_missing(make_node: MakeNode) -> None:
+    node = make_node(start=False)
+    node.gpus.driver_missing()
+    node.start()
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for(lambda: page(node, "/readyz")[0] == 503, 10, "red")
+    assert "nvml" in page(node, "/readyz")[1]
+    node.gpus.driver_present()
+    node.wait_for_limit(0, 350, deadline_s=10)
+    node.wait_for_state(pod, "enforced")
+    node.wait_for(lambda: page(node, "/readyz")[0] == 200, 10, "green")
+
+
+# ---------------------------------------------------------------------- privileges
+
+_TRIES = """\
+import os, pathlib, sys
+run, state = map(pathlib.Path, sys.argv[1:])
+def attempt(what, action):
+    try:
+        action()
+    except OSError as error:
+        print(what, "refused")
+    else:
+        print(what, "DONE")
+attempt("ledger", lambda: (state / "ledger.json").read_bytes())
+attempt("state", lambda: os.listdir(state))
+attempt("create", lambda: (run / "other.sock").touch())
+attempt("replace", lambda: os.rename(run / "control.sock", run / "old.sock"))
+attempt("remove", lambda: (run / "control.sock").unlink())
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the watcher is another user there only")
+def test_the_watchers_user_reaches_neither_ledger_nor_socket_directory(node: SimNode) -> None:
+    node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    status = (node.place.proc_root / str(node.pid("watcher")) / "status").read_text()
+    assert re.search(rf"^Uid:(\s+{node.watcher_uid}){{4}}$", status, re.MULTILINE)
+    assert re.search(r"^Groups:\s*$", status, re.MULTILINE)
+    assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
+    tried = subprocess.run(
+        [node.installation.watcher_python, "-I", "-c", _TRIES, node.run_dir, node.state_dir],
+        capture_output=True,
+        text=True,
+        check=True,
+        **as_user(node.watcher_uid),  # type: ignore[call-overload]
+    )
+    what = ("ledger", "state", "create", "replace", "remove")
+    assert tried.stdout.splitlines() == [f"{each} refused" for each in what]
+
+
+def test_the_enforcer_opens_no_tcp_port_and_starts_no_process(node: SimNode) -> None:
+    """I7."""
+    node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    proc = Path("/proc") / str(node.pid("enforcer"))
+    sockets = {os.readlink(entry) for entry in (proc / "fd").iterdir()}  # noqa: PTH115 - socket:[7]
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in (proc / "net" / table).read_text().splitlines()[1:]:
+            assert f"socket:[{line.split()[9]}]" not in sockets
+    assert "KUBE" not in (proc / "environ").read_text()
+    assert children_of(node.pid("enforcer")) == []

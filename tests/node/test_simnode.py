@@ -1,0 +1,307 @@
+"""The simulated node itself: what it offers, and that nothing of it is left, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.node.conftest import FAST, MakeNode
+from tests.simnode.node import SimNode
+from tests.simnode.programs import children_of
+from tests.simnode.reachable import ROOT, WATCHER_UID, as_user, base_folder
+from tests.simnode.workloads import MadeUpProc, RealCgroups, cgroup2_mounts
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+EMBEDDED = {k: v for k, v in os.environ.items() if k != "KUBEBUILDER_ASSETS"}
+
+
+def eventually(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    found = set(children_of(pid))
+    return found.union(*map(descendants, found))
+
+
+def leftovers() -> set[Path]:
+    """Whatever carries the name of a simulated node."""
+    mounts = cgroup2_mounts(Path("/proc/self/mountinfo").read_text())
+    return {
+        path for folder in (base_folder(), *mounts) for path in folder.glob("power-agent-sim-*")
+    }
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+class Up:
+    """`python -m tests.simnode up` in a process group of its own, as a shell starts it."""
+
+    def __init__(self, *arguments: str) -> None:
+        before = leftovers()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.simnode", "up", *arguments],
+            cwd=ROOT,
+            env=EMBEDDED,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.text = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.text += line
+            if " events" in line:
+                break
+        self.made = leftovers() - before
+        self.pids = {self.process.pid} | descendants(self.process.pid)
+
+    def pid(self, program: str) -> int:
+        supervisord = next(p for p in self.pids if b"supervisord" in _command(p))
+        return children_of(supervisord, program)[0]
+
+    def assert_gone(self) -> None:
+        eventually(lambda: not any(map(alive, self.pids)), 15, f"processes gone: {self._left()}")
+        eventually(lambda: not any(p.exists() for p in self.made), 15, f"gone: {self.made}")
+
+    def _left(self) -> list[bytes]:
+        return [_command(pid) for pid in self.pids if alive(pid)]
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+@pytest.fixture
+def up() -> Iterator[Callable[..., Up]]:
+    started: list[Up] = []
+
+    def start(*arguments: str) -> Up:
+        started.append(Up(*arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        assert each.process.stdout is not None
+        each.process.stdout.close()
+
+
+def test_kill_9_leaves_nothing_behind(up: Callable[..., Up], tmp_path: Path) -> None:
+    """Not even what ignores a polite end: an enforcer that is stopped hears no SIGTERM."""
+    kubeconfig = tmp_path / "kubeconfig"
+    node = up("--gpus", "2", "--kubeconfig", str(kubeconfig))
+    assert kubeconfig.exists()
+    assert node.made
+    assert len(node.pids) >= 7  # itself, guardian, supervisord and three, two workers
+    os.kill(node.pid("enforcer"), signal.SIGSTOP)
+    node.process.kill()
+    node.assert_gone()
+    assert not kubeconfig.exists()
+
+
+def test_ctrl_c_leaves_nothing_behind(up: Callable[..., Up]) -> None:
+    node = up("--gpus", "1")
+    os.killpg(node.process.pid, signal.SIGINT)
+    assert node.process.wait(30) == 0
+    node.assert_gone()
+
+
+def test_up_says_how_to_reach_it(up: Callable[..., Up]) -> None:
+    node = up("--gpus", "1", "--model", "L4")
+    kubectl, powerctl = (
+        re.search(rf"^.*{name} .*$", node.text, re.MULTILINE) for name in ("annotate", "explain")
+    )
+    assert kubectl
+    assert powerctl
+    if shutil.which("kubectl"):
+        subprocess.run(kubectl[0], shell=True, check=True, capture_output=True, timeout=30)
+    done = subprocess.run(powerctl[0], shell=True, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "worker-0" in done.stdout
+    node.process.send_signal(signal.SIGTERM)
+    assert node.process.wait(30) == 0
+    node.assert_gone()
+
+
+def test_up_overwrites_no_kubeconfig(tmp_path: Path) -> None:
+    precious = tmp_path / "config"
+    precious.write_text("mine")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.simnode", "up", "--kubeconfig", str(precious)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "name a new file" in done.stderr
+    assert precious.read_text() == "mine"
+
+
+def test_the_tour_passes() -> None:
+    done = _demo()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 24 checks" in done.stdout
+    assert "\x1b" not in done.stdout  # no terminal, no colours
+
+
+def test_the_tour_fails_when_the_agent_does_not_do_its_job() -> None:
+    sabotage = "from tests.simnode import tour; tour.SETTINGS['POWER_AGENT_DRY_RUN'] = 'true'"
+    done = _demo(f"{sabotage}; tour._DEADLINE_S = 0.2")
+    assert done.returncode == 1
+    assert "not within" in done.stdout
+
+
+def _demo(before: str = "") -> subprocess.CompletedProcess[str]:
+    program = f"import sys; {before or 'pass'}; from tests.simnode.__main__ import main\n"
+    return subprocess.run(
+        [sys.executable, "-c", f"{program}sys.argv[1:] = ['demo']; sys.exit(main())"],
+        cwd=ROOT,
+        env=EMBEDDED,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+
+
+# ---------------------------------------------------------------------- the parts
+
+
+@needs_root
+@pytest.mark.root
+def test_workers_lie_in_real_cgroups_of_the_nodes_own(node: SimNode) -> None:
+    if not isinstance(node.place, RealCgroups):
+        pytest.skip("no cgroup2 tree can be written here")
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    path = f"{node.place.cgroup_root}/kubepods/burstable/pod{pod.uid}/"
+    text = Path(f"/proc/{pod.workers[0].pid}/cgroup").read_text()
+    assert f"0::{path}" in text
+    node.wait_for_limit(0, 350)
+    node.end_workers(pod)
+    assert list(node.place.folder.glob("kubepods/*/*")) == []
+
+
+@pytest.mark.parametrize("driver", ["cgroupfs", "systemd"])
+@pytest.mark.parametrize("made_up", [False, True], ids=["real", "made-up"])
+def test_both_cgroup_drivers_in_both_places(
+    make_node: MakeNode, driver: str, made_up: bool
+) -> None:
+    node = make_node(driver=driver, made_up_proc=made_up)
+    if made_up:
+        assert isinstance(node.place, MadeUpProc)
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.workers.of_host([node.gpus[1]])
+    node.wait_for_limit(0, 350)
+    pod.workers[0].kill()
+    node.api.delete_pod("default", "trainer")
+    node.wait_for_limit(0, 700)
+    assert node.gpus[1].sets() == []
+
+
+def test_what_is_waited_for_in_vain_is_explained(node: SimNode) -> None:
+    node.add_pod("trainer", limit=350, gpus=[0])
+    with pytest.raises(AssertionError) as caught:
+        node.wait_for_limit(0, 123, deadline_s=1)
+    for part in ("GPU 0 at 123 W", "hardware:", "default/trainer", "limit_set"):
+        assert part in str(caught.value)
+
+
+_AS_NOBODY = """\
+from tests.simnode.node import SimNode
+with SimNode(real_api=False, supervised={supervised}) as node:
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.delete_pod(pod)
+    node.wait_for_limit(0, 700)
+    print(node.place.described)
+"""
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_without_root(supervised: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_NOBODY.format(supervised=supervised)],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+        **(as_user(WATCHER_UID) if os.geteuid() == 0 else {}),  # type: ignore[call-overload]
+    )
+    if "Permission denied" in done.stderr and os.geteuid() == 0:
+        pytest.skip("the checkout lies where only root can read it")
+    assert done.returncode == 0, done.stderr
+    assert "made-up proc root" in done.stdout
+
+
+@needs_root
+@pytest.mark.root
+def test_a_checkout_that_only_root_can_read(tmp_path: Path) -> None:
+    """As in root's home: what the watcher's user needs is put elsewhere."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    for name in ("deploy", "enforcer", "shared", "tests", "watcher", "supervisord.conf"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, home)
+    before = leftovers()
+    program = "import sys; sys.path.insert(0, '.')\n" + _AS_NOBODY.format(supervised=True)
+    program += "print(node.installation.home)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=home,
+        env=EMBEDDED,
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    copy = Path(done.stdout.splitlines()[-1])
+    assert copy.name.startswith("power-agent-sim-copy-")
+    eventually(lambda: leftovers() <= before, 10, "the copy gone")
+
+
+@pytest.mark.kube
+@pytest.mark.skipif(not os.environ.get("KUBEBUILDER_ASSETS"), reason="no real API server")
+def test_the_same_with_a_real_api_server() -> None:
+    with SimNode(real_api=True, settings=FAST) as node:
+        pod = node.add_pod("trainer", limit=350, gpus=[0])
+        node.wait_for_limit(0, 350)
+        with node.api_outage():
+            assert node.limit_mw(0) == 350_000
+        node.annotate(pod, 300)
+        node.wait_for_limit(0, 300, deadline_s=15)
+        node.delete_pod(pod)
+        node.wait_for_limit(0, 700, deadline_s=10)
