@@ -305,9 +305,17 @@ class EnforcerNode:
             if not sock.poll(round(DEADLINE_S * 1000) if answered else 500):
                 assert not answered, "no answer"
                 return None
-            return m.decode_reply(sock.recv())
+            return m.decode_reply(sock.recv_multipart()[-1])
         finally:
             context.destroy(linger=0)
+
+    def deaf_client(self) -> zmq.Socket[bytes]:
+        """A connection over which many answers may be asked for and none is read."""
+        sock: zmq.Socket[bytes] = zmq.Context().socket(zmq.DEALER)
+        sock.linger = 0
+        sock.rcvhwm = 1
+        sock.connect(f"ipc://{control_path(self.run_dir)}")
+        return sock
 
     # -- what runs, what holds --
 

@@ -1,0 +1,125 @@
+"""How much the enforcer does: nothing in steady state, never too much, and lets NVML go."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+
+A, B = pod_uid(1), pod_uid(2)
+WRITE_GAP_NS = 100_000_000
+
+
+def heartbeats_for(node: EnforcerNode, span_s: float) -> int:
+    """Repeat the last snapshot, each as soon as a watcher might, over `span_s`."""
+    count, end_s = 0, time.monotonic() + span_s
+    while time.monotonic() < end_s:
+        node.heartbeat()
+        count += 1
+        assert node.process is not None
+        time.sleep(0.2)  # the pace of the heartbeats, not a wait for anything
+    return count
+
+
+def test_i10_quiet_in_steady_state() -> None:
+    with EnforcerNode(gpus=8, scan_seconds="0.2", reconcile_seconds="0.5") as node:
+        node.start()
+        uids = [pod_uid(10 + number) for number in range(8)]
+        for number, uid in enumerate(uids):
+            node.run_pod(uid, number)
+        node.snapshot(dict.fromkeys(uids, 300), others=[A])
+        assert [node.limit(number) for number in range(8)] == [300] * 8
+        written, said = node.writes(), node.log_text()
+        inits, cpu_s = len(node.gpus.inits()), node.cpu_s()
+        assert heartbeats_for(node, 3.0) >= 5
+        assert node.writes() == written
+        assert node.log_text() == said
+        assert len(node.gpus.inits()) == inits
+        assert node.cpu_s() - cpu_s < 0.6  # a busy loop would use all three seconds
+
+
+def test_i10_quiet_where_nothing_is_asked() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_host()
+        node.snapshot({}, others=[A, B])
+        said = node.log_text()
+        heartbeats_for(node, 1.0)
+        assert node.log_text() == said
+        assert node.writes() == 0
+
+
+def test_contradictory_snapshots_are_written_ten_times_a_second_and_the_latest_wins() -> None:
+    with EnforcerNode(scan_seconds="5", reconcile_seconds="5") as node:
+        node.start()
+        node.run_pod(A)
+        began_s, began_ns = time.monotonic(), time.monotonic_ns()
+        watts = 300.0
+        while time.monotonic() < began_s + 1.5:
+            watts = 300.0 + (watts + 1) % 300
+            node.revision += 1
+            node.client.send(node.message({A: watts}))
+            node.client.wait(0.005)
+        last_w = 250.0
+        node.session, node.revision = "the-latest", 1
+        wait_until(lambda: node.client.send(node.message({A: last_w})), "sent")
+        node.wait_limit(last_w, deadline_s=1.0)  # by its own time, not by the next scan
+        sets = node.gpus[0].sets()
+        assert sets[0].monotonic_ns - began_ns < WRITE_GAP_NS  # the first one is immediate
+        gaps = [after.monotonic_ns - before.monotonic_ns for before, after in pairwise(sets)]
+        assert min(gaps) > 0.8 * WRITE_GAP_NS
+        assert 8 <= len(sets) <= 19
+
+
+def test_a_second_change_soon_after_the_first_waits_for_its_gap_not_for_the_scan() -> None:
+    with EnforcerNode(scan_seconds="30", reconcile_seconds="30") as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        assert node.limit() == 300
+        node.snapshot({A: 400})
+        node.wait_limit(400, deadline_s=1.0)
+        first, second = node.gpus[0].sets()
+        assert second.monotonic_ns - first.monotonic_ns > 0.8 * WRITE_GAP_NS
+
+
+def test_i11_the_pace_is_each_gpus_own() -> None:
+    with EnforcerNode(scan_seconds="30", reconcile_seconds="30") as node:
+        node.start()
+        node.run_pod(A, 0)
+        node.run_pod(B, 1)
+        node.snapshot({A: 300, B: 300})
+        wait_until(lambda: node.gpus[0].sets() and node.gpus[1].sets(), "both are set")
+        between = node.gpus[0].sets()[0].monotonic_ns - node.gpus[1].sets()[0].monotonic_ns
+        assert abs(between) < WRITE_GAP_NS
+
+
+def test_nvml_is_let_go_when_nothing_is_desired_and_taken_again() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        assert node.gpus.open_by() == {node.pid}
+        node.end(pid)
+        node.snapshot({})
+        node.wait_limit(700)
+        # No status meanwhile: a question is something to do.
+        wait_until(lambda: not node.gpus.open_by(), "NVML is let go", deadline_s=8)
+        node.snapshot({}, others=[B])
+        assert node.gpus.open_by() == set()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.wait_limit(300)
+        assert node.gpus.open_by() == {node.pid}
+
+
+def test_a_question_opens_nvml_and_the_answer_shows_the_gpus() -> None:
+    with EnforcerNode() as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        wait_until(lambda: not node.gpus.open_by(), "NVML is let go", deadline_s=8)
+        node.gpus[0].limit_mw = 600_000
+        shown = node.gpu()
+        assert (shown.limit_mw, shown.state) == (600_000, "free")
+        assert node.gpus.open_by() == {node.pid}

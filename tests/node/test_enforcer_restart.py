@@ -1,0 +1,373 @@
+"""Ends and beginnings of the enforcer: kill -9, SIGTERM, ledger, lease, dry run, two at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+
+A, B = pod_uid(1), pod_uid(2)
+
+
+def test_i9_killed_and_restarted_adopts_the_ledger_and_holds_until_a_snapshot() -> None:
+    with EnforcerNode() as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        assert node.limit() == 300  # limits hold in hardware
+        node.end(pid)
+        node.start()
+        assert node.logs("started")[-1]["owned"] == 1
+        node.looks()
+        held = node.gpu()
+        assert (held.state, held.original_mw, held.limit_mw) == ("held", 650_000, 300_000)
+        assert node.writes() == 1
+        node.snapshot({A: 300})  # its pod is still there
+        node.looks()
+        assert node.limit() == 300
+        node.snapshot({})
+        node.wait_limit(650)
+
+
+Change = Callable[[EnforcerNode, int], None]
+
+
+def take_over(node: EnforcerNode, pid: int) -> None:
+    node.run_host()
+    node.end(pid)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "pods", "others", "after_w"),
+    [
+        pytest.param(lambda _n, _p: None, {A: 300}, [], 300, id="nothing"),
+        pytest.param(lambda _n, _p: None, {A: 500}, [], 500, id="raised"),
+        pytest.param(lambda _n, _p: None, {A: 250}, [], 250, id="lowered"),
+        pytest.param(lambda _n, _p: None, {A: None}, [], 300, id="unusable"),
+        pytest.param(lambda _n, _p: None, {}, [A], 650, id="annotation-gone"),
+        pytest.param(lambda _n, _p: None, {}, [], 300, id="pod-gone-process-runs"),
+        pytest.param(lambda n, p: n.end(p), {A: 300}, [], 300, id="process-gone"),
+        pytest.param(lambda n, p: n.end(p), {}, [], 650, id="both-gone"),
+        pytest.param(take_over, {A: 300}, [], 650, id="taken-over"),
+    ],
+)
+def test_i9_whatever_happens_while_it_is_away_ends_as_without_the_crash(
+    meanwhile: Change, pods: dict[str, float | None], others: list[str], after_w: float
+) -> None:
+    with EnforcerNode() as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        meanwhile(node, pid)
+        node.start()
+        assert node.limit() == 300  # not before a watcher has spoken
+        node.snapshot(pods, others)
+        node.wait_limit(after_w)
+        node.looks()
+        assert node.limit() == after_w
+        assert list(node.owned().values()) in ([650_000], [])
+
+
+def test_i9_killed_between_ledger_and_write_is_finished_or_given_back() -> None:
+    """The first set is held up inside NVML: the ledger is on disk, the limit is not."""
+    with EnforcerNode() as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        pid = node.run_pod(A)
+        node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", delay_ms=3000, error=999, count=1)
+        node.revision += 1
+        assert node.client.send(node.message({A: 300}))
+        wait_until(node.owned, "the original is on disk")
+        node.kill()
+        assert node.limit() == 650
+        node.start()
+        assert node.gpu().original_mw == 650_000
+        node.end(pid)
+        node.snapshot({})
+        node.wait_limit(650)
+        wait_until(lambda: node.owned() == {}, "given back")
+
+
+def test_i2_the_original_is_on_disk_before_the_first_write() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.gpus.set_delay_us = 300_000
+        assert node.client.send(node.message({A: 300}))
+        wait_until(node.owned, "the original is on disk")
+        assert node.limit() == 700
+        node.wait_limit(300)
+
+
+def test_i9_killed_again_and_again_the_original_stands() -> None:
+    with EnforcerNode() as node:
+        node.gpus[0].limit_mw = 650_000
+        pid = node.run_pod(A)
+        for number in range(4):
+            node.start()
+            node.snapshot({A: 300 + 10 * number})
+            node.wait_limit(300 + 10 * number)
+            node.kill()
+        node.start()
+        assert node.gpu().original_mw == 650_000
+        node.end(pid)
+        node.snapshot({})
+        node.wait_limit(650)
+
+
+def test_i9_the_watcher_may_be_replaced_while_the_enforcer_is_away() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        node.session, node.revision = "another", 0
+        node.start()
+        node.snapshot({A: 350})
+        node.wait_limit(350)
+
+
+def test_sigterm_restores_what_was_found() -> None:
+    with EnforcerNode() as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        node.run_pod(A, 0, 1)
+        node.snapshot({A: 300})
+        assert node.stop() == 0
+        assert (node.limit(0), node.limit(1)) == (650, 700)
+        assert node.owned() == {}
+        assert node.logs("stopped")
+        assert not node.run_dir.joinpath("control.sock").exists()
+        assert node.errors() == ""
+
+
+def test_sigint_ends_it_cleanly_too() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        assert node.process is not None
+        node.process.send_signal(signal.SIGINT)
+        assert node.process.wait(5) == 0
+        assert node.limit() == 700
+
+
+def test_sigterm_restores_also_what_was_just_written_or_refused() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", error=999, count=2)
+        node.snapshot({A: 300})
+        node.run_pod(B, 1)
+        node.snapshot({A: 300, B: 300})
+        node.gpus[0].clear_faults()
+        assert node.stop() == 0
+        assert (node.limit(0), node.limit(1)) == (700, 700)
+        assert node.owned() == {}
+
+
+def test_sigterm_with_a_release_refused_leaves_the_ledger_for_the_next_start() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", error=4)
+        assert node.stop() == 0
+        assert node.owned() == {node.gpus[0].uuid: 700_000}
+        assert node.logs("stopped")[-1]["still_owned"] == 1
+
+
+def test_sigterm_holds_where_so_configured() -> None:
+    with EnforcerNode(on_exit="hold") as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        assert node.stop() == 0
+        assert node.limit() == 300
+        assert node.owned() == {node.gpus[0].uuid: 700_000}
+        node.end(pid)
+        node.start()
+        node.snapshot({})
+        node.wait_limit(700)
+
+
+def test_sigterm_while_nvml_is_away_ends_and_keeps_the_ledger() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus.driver_missing()
+        assert node.stop() == 0
+        assert node.owned() == {node.gpus[0].uuid: 700_000}
+
+
+def test_another_boot_drops_the_ledger_since_hardware_forgot() -> None:
+    with EnforcerNode() as node:
+        boot = node.work.root / "sys/kernel/random/boot_id"
+        boot.parent.mkdir(parents=True)
+        boot.write_text("first-boot\n")
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        boot.write_text("second-boot\n")
+        node.gpus.forget_limits()
+        node.start()
+        assert node.logs("started")[-1]["owned"] == 0
+        assert any(node.gpus[0].uuid in line["why"] for line in node.logs("ledger"))
+        node.looks()
+        assert node.limit() == 700
+        node.snapshot({A: 300})
+        node.wait_limit(300)
+        assert node.gpu().original_mw == 700_000
+
+
+def test_a_garbage_ledger_is_said_and_the_generation_before_adopted() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.snapshot({A: 310})
+        node.wait_limit(310)
+        node.kill()
+        (node.state_dir / "ledger.json").write_bytes(b"\x00garbage")
+        node.start()
+        assert node.gpu().original_mw == 700_000
+        assert any("damaged" in line["why"] for line in node.logs("ledger"))
+        assert list(node.state_dir.glob("*damaged*"))
+
+
+def test_i6_a_second_enforcer_waits_and_takes_over() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        second = node.spawn()
+        wait_until(lambda: node.logs("waiting"), "the second one says that it waits")
+        assert str(node.state_dir) in node.logs("waiting")[0]["why"]
+        node.snapshot({A: 350})  # the first one is not disturbed
+        node.wait_limit(350)
+        assert node.status().enforcer.pid == node.pid
+        node.kill()
+        node.process = second
+        wait_until(lambda: len(node.logs("started")) == 2, "the second one has started")
+        assert len(node.logs("waiting")) == 1
+        wait_until(lambda: node.status().enforcer.pid == second.pid, "the second one answers")
+        node.end(pid)
+        node.snapshot({})
+        node.wait_limit(700)
+
+
+def test_i6_a_waiting_enforcer_ends_cleanly() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        second = node.spawn()
+        wait_until(lambda: node.logs("waiting"), "the second one says that it waits")
+        second.terminate()
+        assert second.wait(5) == 0
+        assert node.status().enforcer.pid == node.pid
+
+
+def test_lease_gives_back_after_the_watcher_fell_silent_and_takes_again_when_it_is_back() -> None:
+    with EnforcerNode(lease="release:0.5") as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.wait_limit(700)
+        wait_until(lambda: node.logs("limit_released"), "it is said")
+        assert "lease" in node.logs("limit_released")[0]["why"]
+        node.heartbeat()
+        node.wait_limit(300)
+
+
+def test_lease_heartbeats_keep_the_limit() -> None:
+    with EnforcerNode(lease="release:0.6") as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        first = node.status().enforcer.uptime_s
+
+        def beaten() -> bool:
+            node.heartbeat()
+            assert node.limit() == 300
+            return node.status().enforcer.uptime_s > first + 1.5
+
+        wait_until(beaten, "longer than the lease")
+        assert node.writes() == 1
+
+
+def test_lease_counts_from_the_start_when_no_watcher_ever_comes() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        node.start(lease="release:0.5")
+        node.wait_limit(700)
+
+
+def test_without_a_lease_a_silent_watcher_holds() -> None:
+    """Ten seconds: only then an enforcer takes a watcher for silent."""
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300, B: 250})
+        assert node.process is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            node.process.wait(10.2)
+        # Nobody has asked anything meanwhile, yet something is owned.
+        assert node.gpus.open_by() == {node.pid}
+        assert not node.status().watcher.connected
+        node.end(pid)
+        node.run_host()
+        node.looks()
+        assert node.gpu().state == "held"
+        assert "silent" in node.gpu().reason
+        assert node.limit() == 300
+        node.run_pod(B)  # lowering needs no living watcher
+        node.wait_limit(250)
+
+
+def test_dry_run_decides_and_reports_and_writes_nothing() -> None:
+    with EnforcerNode(dry_run="true") as node:
+        node.start()
+        node.run_pod(A)
+        report = node.snapshot({A: 300})
+        assert node.status().enforcer.dry_run
+        gpu = node.gpu()
+        assert "dry run" in gpu.reason
+        assert "300" in gpu.reason
+        assert not gpu.managed
+        assert report.counters.limit_writes == 0
+        node.snapshot({A: 250})
+        node.looks()
+        assert node.stop() == 0
+        assert node.writes() == 0
+        assert node.owned() == {}
+        assert node.limit() == 700
+
+
+def test_dry_run_does_not_touch_what_an_enforcer_before_it_owns() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        node.end(pid)
+        node.start(dry_run="true")
+        node.snapshot({})
+        node.gpus[0].limit_mw = 500_000
+        node.looks()
+        assert "dry run" in node.gpu().reason
+        assert node.stop() == 0
+        assert node.limit() == 500
+        assert node.writes() == 1
+        assert node.owned() == {node.gpus[0].uuid: 700_000}

@@ -1,0 +1,108 @@
+"""What the enforcer refuses to start with: one line that names setting, value and remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode
+
+WRONG = {
+    "watts": ({"max_watts": "350W"}, "POWER_AGENT_MAX_WATTS", "350W"),
+    "zero-watts": ({"min_watts": "0"}, "POWER_AGENT_MIN_WATTS", "0"),
+    "crossing": ({"min_watts": "400", "max_watts": "300"}, "POWER_AGENT_MIN_WATTS", "400"),
+    "share": ({"safe_default": "170%"}, "POWER_AGENT_SAFE_DEFAULT", "170%"),
+    "conflict": ({"conflict": "highest"}, "POWER_AGENT_CONFLICT", "highest"),
+    "conflict-alone": ({"conflict": "safe-default"}, "POWER_AGENT_SAFE_DEFAULT", "safe-default"),
+    "lease": ({"lease": "release"}, "POWER_AGENT_LEASE", "release"),
+    "lease-negative": ({"lease": "release:-1"}, "POWER_AGENT_LEASE", "release:-1"),
+    "uid": ({"watcher_uid": "watcher"}, "POWER_AGENT_WATCHER_UID", "watcher"),
+    "reader-uids": ({"reader_uids": "0;1"}, "POWER_AGENT_READER_UIDS", "0;1"),
+    "scan": ({"scan_seconds": "fast"}, "POWER_AGENT_SCAN_SECONDS", "fast"),
+    "scan-zero": ({"scan_seconds": "0"}, "POWER_AGENT_SCAN_SECONDS", "0"),
+    "reconcile": ({"reconcile_seconds": "nan"}, "POWER_AGENT_RECONCILE_SECONDS", "nan"),
+    "on-exit": ({"on_exit": "release"}, "POWER_AGENT_ON_EXIT", "release"),
+    "release-to": ({"release_to": "factory"}, "POWER_AGENT_RELEASE_TO", "factory"),
+    "dry-run": ({"dry_run": "maybe"}, "POWER_AGENT_DRY_RUN", "maybe"),
+    "cgroup-root": ({"cgroup_root": "kubelet"}, "POWER_AGENT_CGROUP_ROOT", "kubelet"),
+    "proc-root": ({"proc_root": "proc"}, "POWER_AGENT_PROC_ROOT", "proc"),
+    "log-level": ({"log_level": "loud"}, "POWER_AGENT_LOG_LEVEL", "loud"),
+    "run-dir-long": ({"run_dir": "/tmp/" + "x" * 200}, "POWER_AGENT_RUN_DIR", "xxx"),
+    "run-dir-no-directory": ({"run_dir": "/dev/null/run"}, "POWER_AGENT_RUN_DIR", "/dev/null/run"),
+    "run-dir-a-file": ({"run_dir": "/dev/null"}, "POWER_AGENT_RUN_DIR", "/dev/null"),
+    "state-dir-no-directory": (
+        {"state_dir": "/dev/null/state"},
+        "POWER_AGENT_STATE_DIR",
+        "/dev/null/state",
+    ),
+    "state-dir-a-file": ({"state_dir": "/dev/null"}, "POWER_AGENT_STATE_DIR", "/dev/null"),
+}
+
+
+@pytest.mark.parametrize(("settings", "variable", "value"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_setting_is_one_line_and_exit_status_2(
+    settings: dict[str, str], variable: str, value: str
+) -> None:
+    with EnforcerNode() as node:
+        status, said = node.run_to_end(**settings)
+        assert status == 2, said
+        assert said.count("\n") == 1
+        assert variable in said
+        assert value in said
+        assert node.log_text() == ""
+
+
+def test_a_socket_path_that_is_a_directory_is_refused() -> None:
+    with EnforcerNode() as node:
+        (node.run_dir / "control.sock").mkdir(parents=True)
+        status, said = node.run_to_end()
+        assert status == 2
+        assert said.count("\n") == 1
+        assert "control.sock" in said
+
+
+def test_a_stale_socket_is_replaced() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.kill()
+        assert (node.run_dir / "control.sock").exists()
+        node.start()
+        assert node.status().enforcer.pid == node.pid
+
+
+def test_i5_in_kubernetes_outside_any_pod_it_refuses_and_names_the_remedy() -> None:
+    with EnforcerNode() as node:
+        node.settings["KUBERNETES_SERVICE_HOST"] = "10.0.0.1"
+        status, said = node.run_to_end(proc_root="/proc")
+        assert status == 2
+        assert said.count("\n") == 1
+        assert "hostPID: true" in said
+        assert not node.state_dir.exists()
+
+
+def test_in_kubernetes_with_another_proc_root_the_checks_do_not_apply() -> None:
+    with EnforcerNode() as node:
+        node.settings["KUBERNETES_SERVICE_HOST"] = "10.0.0.1"
+        node.start()
+        assert node.status().enforcer.cgroup_roots == ["/", "/kubelet", "/kubelet.slice"]
+
+
+def test_the_cgroup_root_that_was_set_is_shown() -> None:
+    with EnforcerNode(cgroup_root="/kubelet.slice/") as node:
+        node.start()
+        assert node.status().enforcer.cgroup_roots == ["/kubelet.slice"]
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_version_and_help(option: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "enforcer", option],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "power-agent-enforcer" in done.stdout
+    assert ("POWER_AGENT_LEASE" in done.stdout) == (option == "--help")
