@@ -6,6 +6,7 @@ proxies and the connection pool. Its API classes, models and watch helpers are l
 
 import contextlib
 import http.client
+import importlib
 import importlib.util
 import logging
 import os
@@ -182,10 +183,8 @@ def _configuration(kubeconfig: str | None, in_kubernetes: bool) -> Any:  # noqa:
 
 def _load_kubeconfig(configuration: Any, kubeconfig: str) -> None:  # noqa: ANN401
     with _bare_packages():
-        import kubernetes.client  # noqa: PLC0415
-
         # The loader wants ApiClient for refreshing OIDC tokens only; it brings 11 MB of pydantic.
-        kubernetes.client.ApiClient = _api_client  # type: ignore[misc, assignment]
+        importlib.import_module("kubernetes.client").ApiClient = _api_client  # type: ignore[attr-defined]
         from kubernetes.config import kube_config  # noqa: PLC0415
     remedy = "name a kubeconfig file that works with kubectl"
     paths = [path for path in kubeconfig.split(os.pathsep) if path]
