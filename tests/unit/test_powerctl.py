@@ -1124,6 +1124,39 @@ def test_schema_is_the_protocol_as_json_schema() -> None:
     assert len(shown["anyOf"]) == 15
 
 
+def test_the_worked_example_of_the_protocols_description_works(run_dir: Path) -> None:
+    text = (REPOSITORY / "docs" / "protocol.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", example],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+            env=environment(POWER_AGENT_RUN_DIR=str(run_dir)),
+        )
+
+    with responding(run_dir, answering(reply())) as responder:
+        done = run()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "GPU 1: managed, 600 W, because asked for\n" in done.stdout
+        responder.answer = lambda _request: Error(code="denied", message="not you")
+        done = run()
+    assert (done.returncode, done.stderr) == (1, "refused, denied: not you\n")
+
+
+def test_the_protocols_description_names_every_message_and_field() -> None:
+    text = (REPOSITORY / "docs" / "protocol.md").read_text()
+    schema = messages.schema()
+    for definition in (schema["$defs"][d["$ref"].split("/")[-1]] for d in schema["anyOf"]):
+        for name in (definition["properties"]["type"]["enum"][0], *definition["properties"]):
+            assert f"`{name}`" in text, name
+    for code in msgspec.json.schema(messages.ErrorCode)["enum"]:
+        assert f"`{code}`" in text
+
+
 def test_powerctl_loads_neither_nvml_nor_kubernetes_nor_the_enforcer() -> None:
     program = (
         "import sys, shared.powerctl.__main__;"
