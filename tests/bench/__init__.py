@@ -1,0 +1,1 @@
+"""Measures the agent's speed and cost on a simulated node: `python -m tests.bench`."""
