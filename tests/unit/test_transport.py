@@ -30,6 +30,7 @@ from shared.transport import (
     Server,
     Subscriber,
     TransportError,
+    _credentials,
     control_path,
     events_path,
 )
@@ -110,11 +111,14 @@ def answering(run_dir: Path) -> Iterator[Answering]:
 
 
 @contextmanager
-def plain(run_dir: Path, kind: int, path: Callable[[Path], Path] = control_path) -> Iterator[Any]:
+def plain(
+    run_dir: Path, kind: int, path: Callable[[Path], Path] = control_path, rcvhwm: int = 1000
+) -> Iterator[Any]:
     """Give a bare ZeroMQ socket, without the care that Client takes."""
     context = zmq.Context()
     sock = context.socket(kind)
     sock.linger = 0
+    sock.rcvhwm = rcvhwm
     sock.connect(f"ipc://{path(run_dir)}")
     try:
         yield sock
@@ -184,6 +188,28 @@ def test_the_callers_uid_and_pid_are_the_kernels_word(server: Server, client: Cl
     incoming = sent_and_taken(server, client, Ping())
     assert (incoming.uid, incoming.pid) == (ME, os.getpid())
     assert messages.decode_request(incoming.payload) == Ping()
+
+
+@pytest.mark.parametrize(
+    ("address", "uid_and_pid"),
+    [
+        ("localhost:65532:65533:7978", (65532, 7978)),
+        ("a:b:c:7:8:9", (7, 9)),  # nothing before can shift the fields
+        ("localhost:0:0:0", (0, 0)),  # a pid that this namespace does not have
+        ("", (None, 0)),
+        ("localhost", (None, 0)),
+        ("0:0:1", (None, 0)),
+        ("localhost:-1:0:1", (None, 0)),
+        ("localhost:0:0:", (None, 0)),
+        ("localhost:٠:0:1", (None, 0)),
+        ("localhost: 0:0:1", (None, 0)),
+        ("localhost:0x0:0:1", (None, 0)),
+    ],
+)
+def test_an_address_proves_a_uid_or_nothing(
+    address: str, uid_and_pid: tuple[int | None, int]
+) -> None:
+    assert _credentials(address) == uid_and_pid
 
 
 ZMTP3_GREETING = (  # RFC 23: signature, version, mechanism, as-server and filler
@@ -499,16 +525,20 @@ def test_an_answer_to_a_client_that_has_gone_is_dropped(server: Server, run_dir:
     assert server.receive(0.01) == []
 
 
-def test_a_client_that_does_not_read_its_answers_holds_up_nobody(run_dir: Path) -> None:
+def test_for_a_client_that_does_not_read_few_answers_are_kept(run_dir: Path) -> None:
     big = Error(code="malformed", message="x" * 60_000)
-    with serving(run_dir) as server, plain(run_dir, zmq.DEALER) as sock:
-        sock.rcvhwm = 1
+    with serving(run_dir) as server, plain(run_dir, zmq.DEALER, rcvhwm=1) as sock:
         sock.send(messages.encode(Ping()))
         [incoming] = take(server, 1)
         began = time.monotonic()
         for _ in range(2000):
             server.reply(incoming, big)
         assert time.monotonic() - began < 5
+        kept = 0
+        while sock.poll(300):
+            sock.recv()
+            kept += 1
+        assert 1 <= kept < 500
 
 
 def test_waiting_ends_when_a_watched_descriptor_is_readable(server: Server, client: Client) -> None:
@@ -641,10 +671,9 @@ def test_a_listener_hears_decisions_again_after_a_restart(run_dir: Path) -> None
 def test_a_listener_that_does_not_read_delays_neither_server_nor_others(run_dir: Path) -> None:
     with (
         serving(run_dir) as server,
-        plain(run_dir, zmq.SUB, events_path) as slow,
+        plain(run_dir, zmq.SUB, events_path, rcvhwm=1) as slow,
         subscribed(run_dir) as quick,
     ):
-        slow.rcvhwm = 1
         slow.subscribe(b"")
 
         def slow_is_in() -> bool:
