@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from enforcer.desk import Desk
-from enforcer.gpus import Card, Gpus, backoff_s
+from enforcer.gpus import Card, Fault, Gpus, backoff_s
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.nvml import NvmlError
 from enforcer.policy import Decision, Desired, Owned, Rules, plan
@@ -96,6 +96,8 @@ class Agent:
             card = self._cards[uuid]
             if decision.state != card.decision.state:
                 self._log.info("gpu_state", uuid=uuid, state=decision.state, why=decision.reason)
+            if card.fault and decision.action == "drift":  # the write that failed, once more
+                decision = replace(decision, action=card.fault.action)  # noqa: PLW2901
             card.decision = decision
             if self._config.dry_run and decision.action:
                 why = f"dry run, nothing is written; would be: {decision.reason}"
@@ -109,7 +111,7 @@ class Agent:
             if card.gpu.uuid in self._ledger.entries:  # I2: else its original is not on disk
                 self._write(card)
         for uuid, card in self._cards.items():
-            self._show(card, self._ledger.entries.get(uuid))
+            card.show(self._ledger.entries.get(uuid))
 
     def _enter(self, entries: dict[str, Owned], card: Card, decision: Decision) -> None:
         """Enter what is about to be written, with the original limit where it is the first time."""
@@ -167,12 +169,12 @@ class Agent:
         self._done(card, before_mw)
 
     def _done(self, card: Card, before_mw: int | None) -> None:
-        decision, failed_before = card.decision, card.fault is not None
+        decision = card.decision
         if decision.action == "release":
             kept = {u: e for u, e in self._ledger.entries.items() if u != card.gpu.uuid}
             self._store(kept, durable=False)
             self._gpus.tell(m.LimitReleased, card, before_mw, decision.reason)
-        elif decision.action == "drift" and not failed_before:
+        elif decision.action == "drift":
             self._counts.drifts += 1
             if card.drifted_to_mw != before_mw:  # once a value: it may come every second
                 card.drifted_to_mw = before_mw
@@ -187,25 +189,12 @@ class Agent:
         failures = card.gpu.write_failures
         failures[error] = failures.get(error, 0) + 1
         self._counts.limit_write_failures += 1
-        fault = (why, card.decision.target_mw)
-        if card.fault != fault:
+        fault = Fault(why, card.decision.target_mw, card.decision.action)
+        if card.fault is None or (card.fault.why, card.fault.target_mw) != (why, fault.target_mw):
             card.fault, card.retries = fault, 0
             self._gpus.tell(m.LimitFailed, card, card.gpu.limit_mw, why)
         card.retry_s = time.monotonic() + backoff_s(card.retries)
         card.retries += 1
-
-    def _show(self, card: Card, owned: Owned | None) -> None:
-        """Bring the record up to date; what failed last outranks what was decided."""
-        gpu, decision = card.gpu, card.decision
-        gpu.managed, gpu.original_mw = owned is not None, owned.original_mw if owned else None
-        gpu.target_mw = decision.target_mw if owned else None
-        gpu.pods = sorted(decision.pods)
-        if decision.action is None:
-            card.fault = None
-        if card.handle is not None:
-            gpu.state, gpu.reason = decision.state, decision.reason
-            if card.fault:
-                gpu.state, gpu.reason = "failed", card.fault[0]
 
     def _answer(self, now: float) -> None:
         if self._gpus.nvml.is_open and now >= self._gpus.read_s + _FRESH_S:

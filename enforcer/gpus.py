@@ -1,13 +1,13 @@
 """The GPUs as they are: finds them, reads them, and sees who runs on them. Decides nothing."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from enforcer import procfs
 from enforcer.nvml import Handle, Nvml, NvmlError
-from enforcer.policy import Decision, Desired, Occupant, SeenGpu
+from enforcer.policy import Action, Decision, Desired, Occupant, Owned, SeenGpu
 from enforcer.procfs import ProcessReader
 from shared import messages as m
 from shared.logs import Log
@@ -24,6 +24,15 @@ def backoff_s(failures: int) -> float:
     return float(_RETRY_S * 2 ** min(failures, _DOUBLINGS))
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why the last write failed, and what it was to be."""
+
+    why: str
+    target_mw: int | None
+    action: Action | None
+
+
 @dataclass(slots=True)
 class Card:
     """One GPU between turns: its record, its handle (None while it does not answer), its writes."""
@@ -31,7 +40,7 @@ class Card:
     gpu: m.Gpu
     handle: Handle | None = None
     decision: Decision = _UNDECIDED
-    fault: tuple[str, int | None] | None = None  # why the last write failed, and to what limit
+    fault: Fault | None = None
     retry_s: float = 0.0
     retries: int = 0
     wrote_s: float = -WRITE_GAP_S
@@ -39,8 +48,22 @@ class Card:
 
     def may_write_s(self) -> float:
         """Return when the next write may go out: ten a second, and a failed one backs off."""
-        again = self.fault is not None and self.fault[1] == self.decision.target_mw
+        again = self.fault is not None and self.fault.target_mw == self.decision.target_mw
         return max(self.wrote_s + WRITE_GAP_S, self.retry_s if again else 0.0)
+
+    def show(self, owned: Owned | None) -> None:
+        """Bring the record up to date; what failed last outranks what was decided."""
+        gpu, decision = self.gpu, self.decision
+        if decision.action is None:
+            self.fault = None
+        gpu.managed = owned is not None
+        gpu.pods = sorted(decision.pods or (owned.pods if owned else ()))
+        gpu.original_mw = owned.original_mw if owned else None
+        gpu.target_mw = (decision.target_mw or owned.set_mw) if owned else None
+        if self.handle is not None:
+            gpu.state, gpu.reason = decision.state, decision.reason
+            if self.fault:
+                gpu.state, gpu.reason = "failed", self.fault.why
 
 
 class Gpus:
@@ -49,14 +72,17 @@ class Gpus:
     def __init__(
         self,
         me: m.EnforcerStatus,
-        owned: Iterable[str],
+        owned: Mapping[str, Owned],
         reader: ProcessReader,
         log: Log,
         server: Server,
     ) -> None:
         self._me, self._reader, self._log, self._server = me, reader, log, server
         self.nvml = Nvml()
-        self.cards = {uuid: Card(m.Gpu(uuid=uuid, managed=True)) for uuid in owned}
+        self.cards = {uuid: Card(m.Gpu(uuid=uuid)) for uuid in owned}
+        for uuid, entry in owned.items():
+            self.cards[uuid].show(entry)
+            self.cards[uuid].gpu.reason = "owned since before this start, not seen yet"
         self.incomplete = True  # NVML or a GPU is missing: look for it again
         self.read_s = 0.0  # when limits were last read
         self._tries, self._open_s = 0, 0.0

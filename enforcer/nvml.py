@@ -14,20 +14,20 @@ from shared.messages import Gpu
 Handle = Any  # an opaque pointer of NVML
 _NAMES = {v: k.removeprefix("NVML_ERROR_") for k, v in vars(pynvml).items() if "NVML_ERROR_" in k}
 _REMEDIES = {
-    "NO_PERMISSION": "setting a limit takes CAP_SYS_ADMIN in the initial user namespace",
-    "LIBRARY_NOT_FOUND": "is the driver installed, and its libnvidia-ml.so.1 in this container?",
-    "DRIVER_NOT_LOADED": "load the NVIDIA driver",
-    "LIB_RM_VERSION_MISMATCH": "the driver was upgraded: restart this pod to get its library",
-    "GPU_IS_LOST": "the GPU fell off its bus: look at the kernel log, reset or reboot",
+    "NO_PERMISSION": "; setting a limit takes CAP_SYS_ADMIN in the initial user namespace",
+    "LIBRARY_NOT_FOUND": "; is the driver installed, and its libnvidia-ml.so.1 to be seen here?",
+    "DRIVER_NOT_LOADED": "; load the NVIDIA driver",
+    "LIB_RM_VERSION_MISMATCH": "; the driver was upgraded: restart this pod to get its library",
 }
-_ABSENT = {"LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED"}
-_LACKING = {
-    "NOT_SUPPORTED",
-    "FUNCTION_NOT_FOUND",
-}  # a board or driver may lack the less usual lists
+_LACKING = {"NOT_SUPPORTED", "FUNCTION_NOT_FOUND"}  # what a board or an older driver cannot tell
 # After these, handles are worthless until NVML is initialised anew.
 _STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
 _TRIES = 4  # a process list may outgrow its buffer between asking for its size and filling it
+_PROCESS_LISTS = (
+    pynvml.nvmlDeviceGetComputeRunningProcesses,
+    pynvml.nvmlDeviceGetGraphicsRunningProcesses,
+    pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
+)
 
 
 class NvmlError(Exception):
@@ -35,9 +35,8 @@ class NvmlError(Exception):
 
     def __init__(self, operation: str, code: int) -> None:
         self.name = _NAMES.get(code, f"CODE_{code}")
-        remedy = _REMEDIES.get(self.name)
-        super().__init__(f"{operation}: {self.name}" + (f" ({remedy})" if remedy else ""))
-        self.absent = self.name in _ABSENT
+        super().__init__(f"{operation}: {self.name}{_REMEDIES.get(self.name, '')}")
+        self.absent = self.name in ("LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED")
         self.stale = self.name in _STALE
 
 
@@ -51,9 +50,8 @@ def _call(function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN
 class Nvml:
     """The GPUs of this node; every method raises NvmlError."""
 
-    def __init__(self) -> None:
-        self.is_open = False
-        self.driver_version: str | None = None
+    is_open = False
+    driver_version: str | None = None
 
     def open(self) -> tuple[list[tuple[Handle, Gpu]], list[str]]:
         """Initialise NVML anew; return the usable GPUs and what is wrong with the others."""
@@ -64,7 +62,16 @@ class Nvml:
         found, faults = [], []
         for index in range(_call(pynvml.nvmlDeviceGetCount)):
             try:
-                found.append(self._identify(index))
+                handle = _call(pynvml.nvmlDeviceGetHandleByIndex, index)
+                low_mw, high_mw = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+                default_mw = _call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
+                uuid, name = (
+                    _call(get, handle)
+                    for get in (pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName)
+                )
+                gpu = Gpu(index=index, uuid=uuid, name=name, min_mw=low_mw, max_mw=high_mw)
+                gpu.default_mw = default_mw
+                found.append((handle, gpu))
             except NvmlError as error:
                 faults.append(f"GPU {index}: {error}")
         return found, faults
@@ -76,42 +83,20 @@ class Nvml:
             with contextlib.suppress(pynvml.NVMLError):  # already gone with a reloaded driver
                 pynvml.nvmlShutdown()
 
-    @staticmethod
-    def _identify(index: int) -> tuple[Handle, Gpu]:
-        handle = _call(pynvml.nvmlDeviceGetHandleByIndex, index)
-        low_mw, high_mw = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
-        return handle, Gpu(
-            index=index,
-            uuid=_call(pynvml.nvmlDeviceGetUUID, handle),
-            name=_call(pynvml.nvmlDeviceGetName, handle),
-            default_mw=_call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle),
-            min_mw=low_mw,
-            max_mw=high_mw,
-        )
-
     def pids(self, handle: Handle) -> set[int]:
         """Return the processes on a GPU, those of all MIG instances and MPS clients included."""
-        found = self._listed(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
-        for query in (
-            pynvml.nvmlDeviceGetGraphicsRunningProcesses,
-            pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
-        ):
-            try:
-                found |= self._listed(query, handle)
-            except NvmlError as error:
-                if error.name not in _LACKING:
-                    raise
+        found: set[int] = set()
+        for query in _PROCESS_LISTS:
+            for left in reversed(range(_TRIES)):
+                try:
+                    found |= {process.pid for process in _call(query, handle)}
+                    break
+                except NvmlError as error:
+                    if error.name in _LACKING and query is not _PROCESS_LISTS[0]:
+                        break
+                    if error.name != "INSUFFICIENT_SIZE" or not left:
+                        raise
         return found
-
-    @staticmethod
-    def _listed(query: Callable[..., Any], handle: Handle) -> set[int]:
-        for left in reversed(range(_TRIES)):
-            try:
-                return {process.pid for process in _call(query, handle)}
-            except NvmlError as error:
-                if error.name != "INSUFFICIENT_SIZE" or not left:
-                    raise
-        raise AssertionError
 
     def limit_mw(self, handle: Handle) -> int:
         """Return the limit that is configured."""

@@ -50,7 +50,6 @@ def test_nvml_missing_at_start_does_not_hide_what_the_ledger_owns() -> None:
         assert node.limit() == 300
 
 
-@pytest.mark.xfail(strict=True, reason="what the ledger has is not shown before NVML was open")
 def test_nvml_missing_at_start_shows_what_the_ledger_owns() -> None:
     with EnforcerNode() as node:
         node.start()
@@ -186,7 +185,6 @@ def test_a_refused_first_set_that_succeeds_later_is_no_drift() -> None:
         assert node.logs("limit_drifted") == []
 
 
-@pytest.mark.xfail(strict=True, reason="counted as the mending of a drift")
 def test_a_refused_first_set_that_succeeds_later_is_counted_as_the_first() -> None:
     with EnforcerNode() as node:
         node.start()
