@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import re
+import secrets
 import subprocess
 import time
 import urllib.error
@@ -159,12 +160,12 @@ def test_static_pod_is_known_by_its_config_hash(node: SimNode) -> None:
 
 
 def test_config_hash_on_an_ordinary_pod_is_not_believed(node: SimNode) -> None:
-    victim = node.add_pod("static", limit=400, gpus=[0], static=True)
-    node.wait_for_limit(0, 400)
-    thief = {ANNOTATION: "250", CONFIG_HASH: victim.cgroup_uid}
+    victim = secrets.token_hex(16)
+    node.workers.of_pod(victim, [node.gpus[0]])
+    thief = {ANNOTATION: "250", CONFIG_HASH: victim}
     node.api.create_pod("thief", node=node.name, annotations=thief)
-    node.wait_for(lambda: len(node.status().pods) == 2, 5, "both pods")
-    stays(node, lambda: node.limit_mw(0) == 400_000, 0.5)
+    node.wait_for(lambda: node.status().pods, 5, "the pod")
+    stays(node, lambda: node.limit_mw(0) == FOUND * 1000, 0.5)
 
 
 def test_pod_of_another_node_is_ignored(node: SimNode) -> None:
@@ -319,7 +320,8 @@ def test_api_down_at_start(make_node: MakeNode) -> None:
     with node.api_outage():
         node.start_enforcer()
         node.start_watcher()
-        node.wait_for(lambda: "pods: not listed yet" in page(node, "/readyz")[1], 10, "readyz")
+        node.wait_for(lambda: "refused" in page(node, "/readyz")[1], 10, "the reason")
+        assert "pods: not listed yet" in page(node, "/readyz")[1]
         assert page(node, "/healthz")[0] == 200
         assert node.gpus[0].sets() == []
     node.wait_for_limit(0, 350, deadline_s=10)

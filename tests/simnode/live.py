@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,8 +17,9 @@ from shared.powerctl.ask import UnreachableError
 from tests.simnode.node import ANNOTATION, SimNode
 
 _REFRESH_S = 1.0
-# Alternate screen, cursor off, no automatic wrap; and back.
-_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
+# Alternate screen, cursor off; and back.
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_PAINT = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def how_to_reach(node: SimNode, kubeconfig: Path) -> list[str]:
@@ -53,6 +55,23 @@ def _screen() -> Iterator[None]:
         sys.stdout.flush()
 
 
+def _fitting(lines: list[str], hints: list[str]) -> list[str]:
+    """As many of the lines as leave room for the hints, which must not be cut."""
+    size = shutil.get_terminal_size()
+
+    def rows(line: str) -> int:
+        return max(1, -(-len(_PAINT.sub("", line)) // size.columns))
+
+    left = size.lines - 1 - sum(map(rows, hints))
+    fitting = []
+    for line in lines:
+        left -= rows(line)
+        if left < 0:
+            break
+        fitting.append(line)
+    return fitting
+
+
 def watch(node: SimNode, kubeconfig: Path) -> None:
     """The table, refreshed each second, until interrupted."""
     paint = tables.plain if "NO_COLOR" in os.environ else tables.coloured
@@ -64,7 +83,8 @@ def watch(node: SimNode, kubeconfig: Path) -> None:
                 lines = tables.status(node.status(), paint)
             except UnreachableError as error:
                 lines = [f"the enforcer does not answer: {error}"]
-            text = "".join(f"{line}\x1b[K\r\n" for line in [*lines, *hints])
+            shown = [*_fitting(lines, hints), *hints]
+            text = "".join(f"{line}\x1b[K\r\n" for line in shown)
             sys.stdout.write(f"\x1b[H{text}\x1b[J")
             sys.stdout.flush()
             time.sleep(_REFRESH_S)
