@@ -27,6 +27,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "run_dir": Path("/run/power-agent"),
     "log_level": "info",
     "log_format": "json",
+    "in_kubernetes": False,
 }
 ENFORCER_DEFAULTS: dict[str, Any] = COMMON_DEFAULTS | {
     "state_dir": Path("/var/lib/power-agent"),
@@ -54,7 +55,12 @@ WATCHER_DEFAULTS: dict[str, Any] = COMMON_DEFAULTS | {
     "events": False,
 }
 # The contract: which program reads which variable.
-COMMON = {"POWER_AGENT_RUN_DIR", "POWER_AGENT_LOG_LEVEL", "POWER_AGENT_LOG_FORMAT"}
+COMMON = {
+    "POWER_AGENT_RUN_DIR",
+    "POWER_AGENT_LOG_LEVEL",
+    "POWER_AGENT_LOG_FORMAT",
+    "KUBERNETES_SERVICE_HOST",
+}
 ENFORCER = COMMON | {
     "POWER_AGENT_STATE_DIR",
     "POWER_AGENT_PROC_ROOT",
@@ -118,6 +124,7 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_RUN_DIR", "run_dir", "/tmp/x", Path("/tmp/x")),
     (EnforcerSettings, "POWER_AGENT_LOG_LEVEL", "log_level", "debug", "debug"),
     (EnforcerSettings, "POWER_AGENT_LOG_FORMAT", "log_format", "text", "text"),
+    (EnforcerSettings, "KUBERNETES_SERVICE_HOST", "in_kubernetes", "10.0.0.1", True),
     (EnforcerSettings, "POWER_AGENT_STATE_DIR", "state_dir", "/a b", Path("/a b")),
     (EnforcerSettings, "POWER_AGENT_PROC_ROOT", "proc_root", "/host/proc", Path("/host/proc")),
     (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/kubelet/", "/kubelet"),
