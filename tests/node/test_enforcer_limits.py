@@ -301,3 +301,27 @@ def test_bounds_that_leave_nothing_on_a_board_are_said_and_nothing_is_written() 
         assert "300" in node.gpu().reason
         assert node.pod(A).state == "failed"
         assert node.writes() == 0
+
+
+def test_processes_of_every_mig_instance_count_toward_the_gpu() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        folder = node.gpus[0].folder
+        (folder / "mig").write_text("1 1\n")
+        first, second = node.work.start(pod_cgroup(A)), node.work.start(pod_cgroup(B))
+        (folder / "compute").write_text(f"{first} 100 1 0\n{second} 100 2 0\n")
+        node.snapshot({A: 400, B: 300})
+        assert node.limit() == 300
+        assert set(node.gpu().pods) == {A, B}
+
+
+def test_more_processes_than_an_answer_shows_are_still_seen() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        for _ in range(40):
+            node.run_host()
+        node.run_pod(A)  # the last one started has, as a rule, the highest pid
+        node.snapshot({A: 300})
+        assert node.limit() == 300
+        assert node.pod(A).state == "enforced"
+        assert len(node.gpu().processes) <= 32
