@@ -287,13 +287,18 @@ def test_an_enforcer_that_was_killed_knows_what_it_found(node: SimNode) -> None:
 
 
 def test_a_killed_watcher_releases_nothing(node: SimNode) -> None:
-    """I4, I5: a watcher that is silent, or has just begun, is no reason to raise a limit."""
+    """I4, I5: a watcher that is silent, or has just begun, is no reason to raise a limit.
+
+    Not even where the worker is restarting, so that no process speaks for the pod.
+    """
     pod = node.add_pod("trainer", limit=350, gpus=[0])
     node.wait_for_limit(0, 350)
     node.kill_watcher()
+    node.end_workers(pod)
     with node.api_outage():
         node.start_watcher()
         stays(node, lambda: node.limit_mw(0) == 350_000, 1.0)
+    node.add_worker(pod, [0])
     node.annotate(pod, 300)
     node.wait_for_limit(0, 300, deadline_s=10)
 
