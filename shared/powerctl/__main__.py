@@ -15,7 +15,7 @@ from shared import __version__, messages
 from shared.powerctl import doctor, live, tables
 from shared.powerctl.ask import UnreachableError, ask
 from shared.powerctl.explain import explain, near
-from shared.settings import run_dir_from_environment
+from shared.settings import colour_from_environment, run_dir_from_environment
 
 GOOD, NOT_WELL, UNREACHABLE = 0, 1, 3  # 2, wrong use, is argparse's own
 _SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
@@ -106,7 +106,7 @@ def _seconds(text: str) -> float:
 
 
 def _paint() -> tables.Paint:
-    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    wanted = sys.stdout.isatty() and colour_from_environment()
     return tables.coloured if wanted else tables.plain
 
 

@@ -71,8 +71,6 @@ def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
         # libzmq greets at once whom it admits and closes on a uid that it does not.
         with _connected(run_dir) as sock:
             greeting = sock.recv(1)
-    except ConnectionResetError:
-        greeting = b""
     except TimeoutError:
         return UnreachableError(
             f"no answer at {path} within {timeout_s:g} s",

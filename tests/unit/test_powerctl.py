@@ -38,7 +38,7 @@ from shared.messages import (
     StatusReply,
     WatcherStatus,
 )
-from shared.powerctl import node_checks, reply_checks, tables
+from shared.powerctl import live, node_checks, reply_checks, tables
 from shared.powerctl.explain import explain, near
 from shared.transport import Server, control_path
 
@@ -186,6 +186,7 @@ class Responder:
     def __init__(self, run_dir: Path, answer: Callable[[Request], Reply | None]) -> None:
         self.answer = answer
         self.event: messages.Event | None = None  # published on every turn while set
+        self.published = 0
         self.asked: list[Request] = []
         self._ended = threading.Event()
         self._server = Server(run_dir, [os.geteuid()])
@@ -202,6 +203,7 @@ class Responder:
                     self._server.reply(incoming, answer)
             if self.event is not None:
                 self._server.publish(self.event)
+                self.published += 1
 
     def close(self) -> None:
         self._ended.set()
@@ -783,6 +785,11 @@ def following(run_dir: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]
         process.stderr.close()
 
 
+def has_line(process: subprocess.Popen[str]) -> bool:
+    assert process.stdout
+    return bool(select.select([process.stdout], [], [], 0)[0])
+
+
 def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout
     assert select.select([process.stdout], [], [], DEADLINE_S)[0], "no line came"
@@ -794,7 +801,11 @@ def test_events_text_flushes_each_line_and_ends_on_sigint(run_dir: Path) -> None
         responding(run_dir, answering(reply())) as responder,
         following(run_dir) as process,
     ):
+        until(lambda: Ping() in responder.asked, "the ping")
         responder.event = an_event()
+        # As few as would stay in a buffer that is not flushed.
+        until(lambda: has_line(process) or responder.published >= 50, "a line")
+        responder.event = None
         assert read_line(process) == (
             "2026-01-02T03:04:05.678Z  limit_set         GPU 0 700 W -> 350 W (acquire) "
             "for team-a/llm-0: read back\n"
@@ -802,6 +813,20 @@ def test_events_text_flushes_each_line_and_ends_on_sigint(run_dir: Path) -> None
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=DEADLINE_S)
         assert (process.returncode, errors) == (0, "")
+
+
+def test_a_quiet_enforcer_that_has_gone_is_told_once_and_its_return_too(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert live._look(run_dir, 0.02, here=True) is False
+    assert "enforcer not reachable: no socket" in capsys.readouterr().err
+    assert live._look(run_dir, 0.02, here=False) is False
+    assert capsys.readouterr().err == ""
+    with responding(run_dir, answering(reply())):
+        assert live._look(run_dir, DEADLINE_S, here=False) is True
+        assert "enforcer is back" in capsys.readouterr().err
+        assert live._look(run_dir, DEADLINE_S, here=True) is True
+    assert capsys.readouterr().err == ""
 
 
 def test_events_json_is_one_object_a_line(run_dir: Path) -> None:
@@ -823,7 +848,7 @@ def test_events_ends_when_its_reader_has_gone_even_if_nothing_happens(run_dir: P
         responding(run_dir, answering(reply())) as responder,
         following(run_dir) as process,
     ):
-        until(lambda: any(isinstance(asked, Ping) for asked in responder.asked), "the ping")
+        until(lambda: Ping() in responder.asked, "the ping")
         assert process.stdout
         process.stdout.close()
         assert process.wait(DEADLINE_S) == 0
@@ -1079,8 +1104,9 @@ def test_doctor_tells_the_cgroup_version(tmp_path: Path, own: str, seen: str) ->
     assert node_checks.cgroup_version(tmp_path / "none").result == "warn"
 
 
-def test_doctor_fails_a_directory_that_others_may_write(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777])
+def test_doctor_fails_a_directory_that_others_may_write(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
     check = node_checks.directory(tmp_path)
     assert (check.result, f"chmod 755 {tmp_path}" in check.remedy) == ("fail", True)
     tmp_path.chmod(0o755)
