@@ -263,9 +263,23 @@ def test_without_root(supervised: bool) -> None:
     assert "made-up proc root" in done.stdout
 
 
+_PYTHON_OF_ROOT = """\
+import pathlib, sys
+from tests.simnode import reachable
+python, library = reachable._base_python()
+private = pathlib.Path("python")
+reachable._put_folder(library, private / "lib" / library.name, "test", "config-*")
+(private / "bin").mkdir()
+reachable._put(python, private / "bin" / python.name)
+found = (private / "bin" / python.name).resolve(), (private / "lib" / library.name).resolve()
+reachable._base_python = lambda: found
+"""
+
+
 @needs_root
 @pytest.mark.root
-def test_a_checkout_that_only_root_can_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepare", ["", _PYTHON_OF_ROOT], ids=["checkout", "python too"])
+def test_a_checkout_that_only_root_can_read(tmp_path: Path, prepare: str) -> None:
     """As in root's home: what the watcher's user needs is put elsewhere."""
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
@@ -276,7 +290,8 @@ def test_a_checkout_that_only_root_can_read(tmp_path: Path) -> None:
         else:
             shutil.copy(source, home)
     before = leftovers()
-    program = "import sys; sys.path.insert(0, '.')\n" + _AS_NOBODY.format(supervised=True)
+    program = f"import sys; sys.path.insert(0, '.')\n{prepare}"
+    program += _AS_NOBODY.format(supervised=True)
     program += "print(node.installation.home)\n"
     done = subprocess.run(
         [sys.executable, "-c", program],

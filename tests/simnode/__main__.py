@@ -20,7 +20,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     # As Ctrl-C: a terminal that is closed, and whoever ends this as a service.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     try:
         return demo() if arguments.command == "demo" else up(arguments)
     except KeyboardInterrupt:

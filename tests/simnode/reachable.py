@@ -77,17 +77,13 @@ def installation() -> Installation:
     here = Installation(ROOT, Path(sys.executable))
     if _works(here):
         return here
-    base = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
-    if not (_open_to_all(base.parent) and _open_to_all(Path(os.__file__).resolve().parent)):
-        raise UnreachableError(
-            f"the watcher runs as user {WATCHER_UID}, who cannot reach this Python ({base}): "
-            "set up with one outside of a home, make setup PYTHON=/usr/bin/python3"
-        )
     copy = _copy()
     if not _works(copy):
         raise UnreachableError(
-            f"user {WATCHER_UID} cannot start {copy.watcher_python}: is {copy.home} on a file "
-            "system mounted noexec? Name another one in TMPDIR"
+            f"the watcher runs as user {WATCHER_UID}, who can start neither "
+            f"{here.watcher_python} nor a copy of it in {copy.home}: set up with a Python outside "
+            "of any home (make setup PYTHON=/usr/bin/python3), and let TMPDIR name a file system "
+            "that is not noexec"
         )
     return copy
 
@@ -123,19 +119,54 @@ def _copy() -> Installation:
 def _fill(home: Path) -> None:
     home.mkdir()
     _put(ROOT / "supervisord.conf", home / "supervisord.conf")
-    venv.EnvBuilder(symlinks=True).create(home / "watcher")
-    packages = next((home / "watcher" / "lib").glob("python3.*")) / "site-packages"
+    packages = _make_environment(home)
     for folder, target in (
         (ROOT / "deploy" / "supervised", home / "deploy" / "supervised"),
         (ROOT / "shared", packages / "shared"),
         (ROOT / "watcher", packages / "watcher"),
     ):
-        shutil.copytree(folder, target, copy_function=_put, ignore=shutil.ignore_patterns("*.pyc"))
-        for each in (target, *target.rglob("*/")):
-            each.chmod(0o755)  # copytree takes the modes of the originals
+        _put_folder(folder, target, "__pycache__")
     locked = (ROOT / "deploy" / "lock" / "watcher.txt").read_text()
     for name in re.findall(r"^([\w.-]+)==", locked, re.MULTILINE):
         _put_distribution(name, packages)
+
+
+def _make_environment(home: Path) -> Path:
+    """`watcher/bin/python` in the new home; the folder where its packages go."""
+    base, library = _base_python()
+    if _open_to_all(base.parent) and _open_to_all(library):
+        venv.EnvBuilder(symlinks=True).create(home / "watcher")
+        return home / "watcher" / "lib" / library.name / "site-packages"
+    # Python itself lies in a home: it finds its library beside itself wherever it is put, but
+    # not always the shared one that it is linked to.
+    own = home / "python"
+    _put_folder(library, own / "lib" / library.name, "site-packages", "test", "config-*")
+    for shared in Path(sys.base_prefix, "lib").glob("libpython*"):
+        _put(shared, own / "lib" / shared.name)
+    python = own / "bin" / base.name
+    python.parent.mkdir()
+    _put(base, python)
+    linked = {"LD_LIBRARY_PATH": str(own / "lib")}
+    make = [str(python), "-I", "-m", "venv", "--without-pip", str(home / "watcher")]
+    subprocess.run(make, env=linked, check=True)
+    start = home / "watcher" / "bin" / "python"
+    versioned = start.with_name(library.name)
+    start.unlink()
+    start.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={own}/lib exec {versioned} "$@"\n')
+    start.chmod(0o755)
+    return home / "watcher" / "lib" / library.name / "site-packages"
+
+
+def _base_python() -> tuple[Path, Path]:
+    """The interpreter behind this environment, and its library."""
+    base = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    return Path(base), Path(os.__file__).resolve().parent
+
+
+def _put_folder(source: Path, target: Path, *left_out: str) -> None:
+    shutil.copytree(source, target, copy_function=_put, ignore=shutil.ignore_patterns(*left_out))
+    for each in (target, *target.rglob("*/")):
+        each.chmod(0o755)  # copytree takes the modes of the originals
 
 
 def _put_distribution(name: str, packages: Path) -> None:
