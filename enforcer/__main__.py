@@ -1,18 +1,20 @@
 """The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run."""
 
 import sys
+from pathlib import Path
 
-from enforcer import procfs
+from enforcer import privileges, procfs
 from enforcer.agent import Agent
 from enforcer.ledger import Ledger, LedgerError
 from shared import __version__, settings
 from shared.logs import Log
 from shared.signals import StopSignal
-from shared.transport import Server, TransportError
+from shared.transport import Server, TransportError, prepare_directory
 
 _NAME = "power-agent-enforcer"
 _PURPOSE = "Sets the power limits of this node's GPUs as the watcher asks, and gives them back."
 _LOCK_RETRY_S = 0.5
+_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 def main() -> int:
@@ -21,14 +23,17 @@ def main() -> int:
     log = Log("enforcer", config.log_level, config.log_format)
     stop = StopSignal()
     try:
+        _refuse_token(config, log)
         roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
         ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
         if not _sole_owner(ledger, log, stop):
             return 0
         for said in ledger.load():
             log.warning("ledger", why=said)
+        prepare_directory(config.run_dir)
+        privileges.drop()  # before libzmq starts threads: each has its own capabilities
         server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids})
-    except (LedgerError, TransportError, procfs.BlindError) as error:
+    except (LedgerError, TransportError, procfs.BlindError, privileges.TooMuchError) as error:
         settings.exit_usage(_NAME, str(error))
     server.watch(stop.fileno())
     agent = Agent(config, log, server, procfs.ProcessReader(config.proc_root, roots), ledger)
@@ -39,6 +44,17 @@ def main() -> int:
     server.close()
     log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
     return 0
+
+
+def _refuse_token(config: settings.EnforcerSettings, log: Log) -> None:
+    if not config.in_kubernetes or not _TOKEN.exists():
+        return
+    if not config.supervised:
+        raise privileges.TooMuchError(
+            f"{_TOKEN} is mounted, and this process must hold no token: "
+            "set automountServiceAccountToken: false and mount it into the watcher alone"
+        )
+    log.warning("token_readable", why="one container for both; two keep the token from root")
 
 
 def _sole_owner(ledger: Ledger, log: Log, stop: StopSignal) -> bool:

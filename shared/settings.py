@@ -241,6 +241,9 @@ class EnforcerSettings(CommonSettings):
     dry_run: bool = _setting(
         "POWER_AGENT_DRY_RUN", "false", "decide and report, never write a limit", _flag
     )
+    supervised: bool = _setting(
+        "POWER_AGENT_SUPERVISED", "false", "shares its container with the watcher", _flag
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,10 @@ _HANDSHAKE_MS = 500
 _QUEUE = 64  # messages a peer may have waiting, each way
 _TURN = 64  # requests taken in one turn, so that a flood cannot starve the limits
 _BACKLOG = 64
+_CONNECTIONS = 128  # of one socket; a watcher and a few readers need a handful
+_CLOSED_S = 0.2  # how long nobody can connect when there were more
+# A second's credit: a thousand small requests, or 16 MiB.
+_CREDIT_S, _MESSAGE_S, _BYTE_S = 1.0, 1 / 1000, 1 / (16 << 20)
 
 
 class TransportError(Exception):
@@ -71,8 +75,11 @@ def _monitored(monitor: zmq.Socket[bytes]) -> int:
     return event
 
 
-def _prepare_directory(run_dir: Path) -> None:
-    """Make `run_dir` a directory that only its owner may write: an emptyDir comes as 0777."""
+def prepare_directory(run_dir: Path) -> None:
+    """Make `run_dir` a directory that only its owner may write: an emptyDir comes as 0777.
+
+    Raises TransportError. Done again by Server, who needs no privilege for it any more.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         held = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -105,31 +112,70 @@ def _listen(path: Path) -> int:
     return listener.detach()
 
 
+@dataclass(slots=True)
+class _Endpoint:
+    """A listening socket of libzmq, and how many connections it has."""
+
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    path: Path
+    connections: int = 0
+    closed_until: float | None = None
+
+    def listen(self) -> None:
+        self.socket.setsockopt(zmq.USE_FD, _listen(self.path))
+        self.socket.bind(f"ipc://{self.path}")
+        self.closed_until, self.connections = None, 0
+
+    def note(self) -> int:
+        """Take what happened to connections; return how many were refused.
+
+        libzmq aborts the process where accept finds no descriptor (ipc_listener.cpp), so beyond
+        a number all are dropped (that is what unbind does) and the honest ones come again. A
+        monitor that is not read for long stops libzmq from accepting, so the number cannot run
+        away while this side is busy.
+        """
+        refused = 0
+        with contextlib.suppress(zmq.Again):
+            for _ in range(_TURN):
+                event = _monitored(self.monitor)
+                refused += event == zmq.EVENT_ACCEPT_FAILED
+                self.connections += event == zmq.EVENT_ACCEPTED
+                self.connections -= event == zmq.EVENT_DISCONNECTED and self.connections > 0
+        if self.closed_until is None and self.connections > _CONNECTIONS:
+            self.socket.unbind(f"ipc://{self.path}")
+            self.closed_until = time.monotonic() + _CLOSED_S
+            refused += self.connections
+        return refused
+
+
 class Server:
     """The enforcer's end: a ROUTER for requests and a PUB for events, for proven uids only."""
 
     def __init__(self, run_dir: Path, uids: Iterable[int]) -> None:
         """Listen in `run_dir` for `uids`; raises TransportError."""
-        _prepare_directory(run_dir)
+        prepare_directory(run_dir)
         self._uids = frozenset(uids)
         self._context = zmq.Context(io_threads=1)
         self._zap: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
-        self._paths = (control_path(run_dir), events_path(run_dir))
-        self._router, router_watch = self._open(zmq.ROUTER, self._paths[0])
-        self._events, events_watch = self._open(zmq.PUB, self._paths[1])
-        self._monitors = (router_watch, events_watch)
-        self._poller = zmq.Poller()
-        for sock in (self._router, self._zap, *self._monitors):
-            self._poller.register(sock, zmq.POLLIN)
+        self._router = self._open(zmq.ROUTER, control_path(run_dir))
+        self._events = self._open(zmq.PUB, events_path(run_dir))
+        self._poller, self._resting = zmq.Poller(), zmq.Poller()
+        for watched in (self._zap, self._router.monitor, self._events.monitor):
+            self._poller.register(watched, zmq.POLLIN)
+            self._resting.register(watched, zmq.POLLIN)
+        self._poller.register(self._router.socket, zmq.POLLIN)
         self._refused: int = 0
+        self._credit_s, self._credited_s = _CREDIT_S, time.monotonic()
 
     def watch(self, fd: int) -> None:
         """Let `receive` return when `fd` is readable too."""
         self._poller.register(fd, zmq.POLLIN)
+        self._resting.register(fd, zmq.POLLIN)
 
-    def _open(self, kind: int, path: Path) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    def _open(self, kind: int, path: Path) -> _Endpoint:
         sock: zmq.Socket[bytes] = self._context.socket(kind)
         sock.linger = 0
         sock.maxmsgsize = messages.MAX_MESSAGE_BYTES
@@ -138,10 +184,12 @@ class Server:
         sock.zap_domain = b"power-agent"
         for uid in self._uids:
             sock.setsockopt(zmq.IPC_FILTER_UID, uid)
-        monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPT_FAILED)
-        sock.setsockopt(zmq.USE_FD, _listen(path))
-        sock.bind(f"ipc://{path}")
-        return sock, monitor
+        monitor = sock.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
+        )
+        endpoint = _Endpoint(sock, monitor, path)
+        endpoint.listen()
+        return endpoint
 
     def take_refused(self) -> int:
         """Return how many connections of other uids were refused since this was last asked."""
@@ -149,20 +197,32 @@ class Server:
         return refused
 
     def receive(self, timeout_s: float) -> list[Incoming]:
-        """Wait at most `timeout_s` and return the requests that came, at most a turn's worth."""
-        ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
+        """Wait at most `timeout_s` and return the requests that came, at most a turn's worth.
+
+        Who sends more than the credit allows waits, by the queues of ZeroMQ, and nobody else.
+        """
+        now = time.monotonic()
+        for endpoint in (self._router, self._events):
+            if endpoint.closed_until is not None and now >= endpoint.closed_until:
+                endpoint.listen()
+        self._credit_s = min(_CREDIT_S, self._credit_s + now - self._credited_s)
+        self._credited_s = now
+        rests = self._credit_s <= 0
+        wait_s = min(timeout_s, 0.001 - self._credit_s) if rests else timeout_s
+        poller = self._resting if rests else self._poller
+        ready = dict(poller.poll(max(0, round(wait_s * 1000 + 0.499))))
         if self._zap in ready:
             self._answer_zap()
-        for monitor in self._monitors:
-            if monitor in ready:
-                _monitored(monitor)
-                self._refused += 1
+        for endpoint in (self._router, self._events):
+            if endpoint.monitor in ready:
+                self._refused += endpoint.note()
         taken: list[Incoming] = []
-        while self._router in ready and len(taken) < _TURN:
+        while self._router.socket in ready and len(taken) < _TURN and self._credit_s > 0:
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = self._router.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
+            self._credit_s -= _MESSAGE_S + sum(map(len, frames)) * _BYTE_S
             taken.append(self._incoming(frames))
         return taken
 
@@ -193,18 +253,18 @@ class Server:
         """Send the answer; dropped where the client no longer takes it."""
         with contextlib.suppress(zmq.ZMQError):
             frames = [*incoming.envelope, messages.encode(message)]
-            self._router.send_multipart(frames, zmq.NOBLOCK)
+            self._router.socket.send_multipart(frames, zmq.NOBLOCK)
 
     def publish(self, event: messages.Event | messages.GpuEvent) -> None:
         """Tell whoever listens; losing one never matters."""
         with contextlib.suppress(zmq.ZMQError):
-            self._events.send(messages.encode(event), zmq.NOBLOCK)
+            self._events.socket.send(messages.encode(event), zmq.NOBLOCK)
 
     def close(self) -> None:
         """Stop listening and remove the sockets' names."""
         self._context.destroy(linger=200)
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        for endpoint in (self._router, self._events):
+            endpoint.path.unlink(missing_ok=True)
 
 
 class Client:

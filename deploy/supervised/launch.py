@@ -47,6 +47,7 @@ def environment(program: str, inherited: Mapping[str, str]) -> dict[str, str]:
             for key, value in inherited.items()
             if not key.upper().startswith(ENFORCER_MUST_NOT_SEE)
         }
+        kept["POWER_AGENT_SUPERVISED"] = "true"  # says why root can read the watcher's token
     return kept | {"HOME": "/"}
 
 

@@ -1,0 +1,55 @@
+"""Gives up what root may do beyond the one thing that NVML asks for.
+
+In ctypes because the standard library has neither prctl(2) nor capset(2), and the packages that
+have them are stale.
+"""
+
+import ctypes
+import os
+import resource
+
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 23, 24, 38  # linux/prctl.h
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+_CAP_SYS_ADMIN = 21
+# nvmlDeviceSetPowerManagementLimit: the driver asks for CAP_SYS_ADMIN (open-gpu-kernel-modules,
+# nv-linux.h, NV_IS_SUSER). Reading /proc/<pid>/cgroup and stat takes none (both are 0444), the
+# ledger and the sockets are root's own files.
+KEPT = frozenset({_CAP_SYS_ADMIN})
+# Endless multipart messages fill memory without any bound of libzmq's; a death is safe, since
+# limits hold in the hardware and the ledger is on disk.
+_DATA_BYTES = 512 << 20
+
+
+class TooMuchError(Exception):
+    """The process holds what it must not; the text names the remedy."""
+
+
+def drop() -> None:
+    """Set no-new-privs, keep only `KEPT` of the capabilities, bound memory; raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(result: int, name: str) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+    call(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libzmq aborts where accept fails
+    resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, _DATA_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.geteuid() != 0:
+        return  # nothing was held
+    capability = 0
+    while libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
+        # Refused without CAP_SETPCAP, where whoever started this has narrowed the set himself.
+        if capability not in KEPT:
+            libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+        capability += 1
+    call(libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "PR_CAP_AMBIENT")
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low 32 bits, then high
+    call(libc.capget(header, held), "capget")
+    kept = sum(1 << one for one in KEPT)
+    masked = [word & bits for word, bits in zip(held, (kept, kept, 0, 0, 0, 0), strict=True)]
+    call(libc.capset(header, (ctypes.c_uint32 * 6)(*masked)), "capset")
