@@ -43,9 +43,10 @@ RUN install_code() { \
 COPY LICENSE supervisord.conf /opt/power-agent/
 COPY deploy/supervised /opt/power-agent/deploy/supervised
 # Bytecode that is not tied to times: starts fast on a read-only root, same bytes in every build.
+# Not for the client library's generated code, which the watcher never imports: 50 MB less.
 RUN for part in enforcer watcher supervised; do \
         /opt/power-agent/$part/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash \
-            /opt/power-agent/$part/lib || exit 1; \
+            -x '/kubernetes/(aio|client/(api|models))/' /opt/power-agent/$part/lib || exit 1; \
     done \
     && chmod -R u=rwX,go=rX /opt/power-agent
 
