@@ -6,7 +6,15 @@ import textwrap
 import msgspec
 
 from shared import messages
-from shared.powerctl.tables import cgroup_lines, duration, escape, gpu_label, pod_names, watts
+from shared.powerctl.tables import (
+    cgroup_lines,
+    duration,
+    escape,
+    gpu_label,
+    named,
+    pod_names,
+    watts,
+)
 
 _LABEL = 12
 _WIDTH = 100
@@ -77,8 +85,8 @@ def _field(label: str, text: str) -> list[str]:
     ) or [head.rstrip()]
 
 
-def _state(state: str, reason: str) -> list[str]:
-    return _field("state", escape(f"{state}: {reason}" if reason else state))
+def _state(state: str, reason: str, names: dict[str, str]) -> list[str]:
+    return _field("state", named(f"{state}: {reason}" if reason else state, names))
 
 
 def _pod(pod: messages.Pod, reply: messages.StatusReply) -> list[str]:
@@ -90,7 +98,7 @@ def _pod(pod: messages.Pod, reply: messages.StatusReply) -> list[str]:
     gpus = ", ".join(labels.get(uuid, escape(uuid)) for uuid in pod.gpus)
     return [
         escape(f"pod {pod.namespace}/{pod.name}, uid {pod.uid}"),
-        *_state(pod.state, pod.reason),
+        *_state(pod.state, pod.reason, pod_names(reply)),
         *_field("annotation", f'"{escape(pod.raw)}", {meaning}'),
         *_field("runs on", gpus or "no GPU: none of its processes was found on one"),
         *_field("holds", "nothing" if pod.effective_mw is None else watts(pod.effective_mw)),
@@ -98,12 +106,13 @@ def _pod(pod: messages.Pod, reply: messages.StatusReply) -> list[str]:
 
 
 def _gpu(gpu: messages.Gpu, reply: messages.StatusReply) -> list[str]:
-    name = f", {gpu.name}" if gpu.name else ""
+    names = pod_names(reply)
+    model = f", {gpu.name}" if gpu.name else ""
     title = f"GPU {gpu_label(gpu)}" if gpu.index is None else f"GPU {gpu.index}, {gpu.uuid}"
     return [
-        escape(title + name),
-        *_state(gpu.state, gpu.reason),
-        *_processes(gpu, pod_names(reply)),
+        escape(title + model),
+        *_state(gpu.state, gpu.reason, names),
+        *_processes(gpu, names),
         *_asked(gpu, reply),
         *_bounds(gpu, reply.enforcer),
         *_field("target", "none: left as it is" if gpu.target_mw is None else watts(gpu.target_mw)),

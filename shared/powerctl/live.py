@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -81,6 +81,7 @@ def events(run_dir: Path, timeout_s: float, *, as_json: bool) -> None:
 def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json: bool) -> None:
     closed = select.poll()
     closed.register(sys.stdout.fileno(), 0)  # POLLERR comes unasked once a pipe has no reader
+    names: dict[str, str] = {}
     here, check_at = True, time.monotonic() + _CHECK_S
     while not closed.poll(0):
         try:
@@ -89,13 +90,27 @@ def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json:
             _note(f"an event that this powerctl does not know: {error}")
             continue
         if event is not None:
-            text = json.dumps(msgspec.to_builtins(event)) if as_json else tables.event(event)
+            if as_json:
+                text = json.dumps(msgspec.to_builtins(event))
+            else:
+                _learn(names, event, run_dir, timeout_s)
+                text = tables.event(event, names)
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
             check_at = time.monotonic() + _CHECK_S
         elif time.monotonic() >= check_at:
             here = _look(run_dir, timeout_s, here=here)
             check_at = time.monotonic() + _CHECK_S
+
+
+def _learn(names: dict[str, str], event: messages.Event, run_dir: Path, timeout_s: float) -> None:
+    """Ask what the pods of `event` are called, once for each; a pod that has gone keeps its uid."""
+    if isinstance(event, messages.GpuEvent) and not names.keys() >= set(event.pods):
+        names.update((uid, tables.escape(uid)) for uid in event.pods)
+        with suppress(UnreachableError):
+            names |= tables.pod_names(
+                ask(run_dir, messages.Status(), messages.StatusReply, timeout_s)
+            )
 
 
 def _look(run_dir: Path, timeout_s: float, *, here: bool) -> bool:

@@ -42,7 +42,7 @@ def sockets(run_dir: Path) -> Iterator[Check]:
         try:
             is_socket = stat.S_ISSOCK(path.stat().st_mode)
         except OSError as error:
-            yield fail(path.name, f"{path}: {error.strerror}", "start the enforcer; then " + LOG)
+            yield fail(path.name, f"{path}: {error.strerror}", "start the enforcer, or " + LOG)
             continue
         if is_socket:
             yield Check(name=path.name, seen="there")

@@ -27,7 +27,7 @@ def from_reply(reply: messages.StatusReply) -> list[Check]:
 def nvml(enforcer: messages.EnforcerStatus) -> Check:
     """Check that the GPUs can be reached at all."""
     seen = f"{enforcer.nvml}, driver {enforcer.driver_version or 'unknown'}"
-    if enforcer.nvml_message:
+    if enforcer.nvml != "ok":
         seen += f": {enforcer.nvml_message}"
     if enforcer.nvml == "ok":
         return Check(name="NVML", seen=seen)

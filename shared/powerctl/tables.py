@@ -11,7 +11,8 @@ from shared.units import format_watts
 Paint = Callable[[str, str], str]
 
 WIDTH = 100
-_GOOD_GPU = ("free", "managed")
+# Real uids have 36 characters or 32 (static pods); a made-up short one would garble any text.
+_UID_CHARS = 32
 _BAD_GPU = ("held", "failed", "lost")
 _COLOURS = {
     "managed": "32",
@@ -68,6 +69,15 @@ def pod_names(reply: messages.StatusReply) -> dict[str, str]:
     return {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in reply.pods}
 
 
+def named(text: str, names: dict[str, str]) -> str:
+    """Return `text`, fit for a terminal, with pods called by name where it calls them by uid."""
+    text = escape(text)
+    for uid, name in names.items():
+        if len(uid) >= _UID_CHARS:
+            text = text.replace(uid, name)
+    return text
+
+
 def cgroup_lines(evidence: str) -> str:
     """Return the lines of one cgroup file, those that repeat a path or name the root left out.
 
@@ -100,7 +110,8 @@ def problems(reply: messages.StatusReply) -> list[str]:
         for pod in sorted(reply.pods, key=_pod_order)
         if pod.state == "failed"
     ]
-    return [escape(line) for line in found]
+    names = pod_names(reply)
+    return [named(line, names) for line in found]
 
 
 def status(reply: messages.StatusReply, paint: Paint = plain) -> list[str]:
@@ -131,8 +142,8 @@ def table(
     return lines
 
 
-def event(message: messages.Event) -> str:
-    """Return one decision as one line."""
+def event(message: messages.Event, names: dict[str, str]) -> str:
+    """Return one decision as one line; `names` says how the pods are called."""
     when = datetime.fromtimestamp(message.ts, UTC).isoformat(timespec="milliseconds")
     head = f"{when.replace('+00:00', 'Z')}  {messages.name_of(message):17}"
     if isinstance(message, messages.SnapshotAccepted):
@@ -142,7 +153,7 @@ def event(message: messages.Event) -> str:
         what = f"{message.code} {uid}"
     else:
         what = _change(message)
-    return escape(f"{head} {what}" + (f": {message.message}" if message.message else ""))
+    return named(f"{head} {what}" + (f": {message.message}" if message.message else ""), names)
 
 
 def _change(message: messages.GpuEvent) -> str:
@@ -215,7 +226,7 @@ def _pods(reply: messages.StatusReply, paint: Paint) -> list[str]:
     if not reply.pods:
         return ["no annotated pod on this node"]
     pods = sorted(reply.pods, key=_pod_order)
-    labels = {gpu.uuid: gpu_label(gpu) for gpu in reply.gpus}
+    labels, names = {gpu.uuid: gpu_label(gpu) for gpu in reply.gpus}, pod_names(reply)
     rows = [["STATE", "ASKED", "HOLDS", "GPUS", "POD"]]
     for pod in pods:
         asked = watts(pod.requested_mw)
@@ -223,13 +234,12 @@ def _pods(reply: messages.StatusReply, paint: Paint) -> list[str]:
             asked = f'"{escape(pod.raw)}"'
             asked = asked if len(asked) <= 14 else f'{asked[:11]}.."'
         gpus = ",".join(labels.get(uuid, escape(uuid)) for uuid in pod.gpus) or "-"
-        name = escape(f"{pod.namespace}/{pod.name}")
-        rows.append([pod.state, asked, watts(pod.effective_mw), gpus, name])
+        rows.append([pod.state, asked, watts(pod.effective_mw), gpus, names[pod.uid]])
     heading, *body = table(rows, right=(1, 2), state=0, paint=paint)
     lines = [heading]
     for pod, line in zip(pods, body, strict=True):
         lines.append(line)
         # A failed pod's reason stands below the tables, an enforced one's in `explain`.
         if pod.state not in ("enforced", "failed") and pod.reason:
-            lines += _note(escape(pod.reason), 10)
+            lines += _note(named(pod.reason, names), 10)
     return lines

@@ -135,7 +135,7 @@ def reply(**changes: object) -> StatusReply:
         0,
         350_000,
         [UID_A, UID_B],
-        reason="the lowest of two limits",
+        reason=f"the lowest of two limits: asked by pod {UID_A}",
         writes={"acquire": 1, "adjust": 2, "drift": 0},
         processes=[
             Process(pid=4242, owner=UID_A, evidence=LINE_A),
@@ -162,7 +162,7 @@ def reply(**changes: object) -> StatusReply:
                 raw="500.5",
                 requested_mw=500_500,
                 state="conflict",
-                reason="team-a/llm-0 on the same GPU asks for less",
+                reason=f"pod {UID_A} on the same GPU asks for less",
             ),
             pod(
                 UID_C,
@@ -395,7 +395,7 @@ GPU  STATE    LIMIT  ENFORCED   DRAW  RANGE    FOUND  MODEL           PODS
 
 STATE       ASKED  HOLDS  GPUS  POD
 conflict  500.5 W  350 W  0     team-a/embed
-          team-a/llm-0 on the same GPU asks for less
+          pod team-a/llm-0 on the same GPU asks for less
 enforced    350 W  350 W  0     team-a/llm-0
 clamped     900 W  600 W  1     team-a/train
           asked 900 W, the administrator allows at most 600 W
@@ -528,6 +528,11 @@ def test_lines_stay_within_100_columns_for_usual_names() -> None:
     assert max(map(len, rows[1:])) <= 100
 
 
+def test_reasons_call_pods_by_name_unless_the_uid_is_none() -> None:
+    names = {UID_A: "team-a/llm-0", "3": "x"}
+    assert tables.named(f"300 W: asked by {UID_A}\n", names) == r"300 W: asked by team-a/llm-0\n"
+
+
 def test_colours_only_on_a_terminal(run_dir: Path) -> None:
     with responding(run_dir, answering(reply())):
         assert "\x1b" not in powerctl("status", "--socket", run_dir).stdout
@@ -581,6 +586,7 @@ def test_explain_a_gpu_shows_processes_conflict_and_both_pods(subject: str) -> N
     assert text.startswith("GPU 0, GPU-0, NVIDIA H100")
     words = " ".join(text.split())
     assert f"pid 4242 of team-a/llm-0, by {LINE_A}" in words
+    assert "managed: the lowest of two limits: asked by pod team-a/llm-0 processes" in words
     assert "pid 900 of no known pod, by 0::/system.slice/dcgm.service" in words
     assert (
         "conflict team-a/llm-0 350 W, team-a/embed 500.5 W; rule `lowest`: the lowest holds"
@@ -754,10 +760,10 @@ def test_top_refreshes_and_fits_a_small_terminal(run_dir: Path) -> None:
 def an_event(**changes: object) -> LimitSet:
     plain = LimitSet(
         ts=1_767_323_045.678,
-        message="read back",
+        message=f"asked by pod {UID_A}",
         index=0,
         uuid="GPU-0",
-        pods=["team-a/llm-0"],
+        pods=[UID_A],
         from_mw=700_000,
         to_mw=350_000,
         reason="acquire",
@@ -808,7 +814,7 @@ def test_events_text_flushes_each_line_and_ends_on_sigint(run_dir: Path) -> None
         responder.event = None
         assert read_line(process) == (
             "2026-01-02T03:04:05.678Z  limit_set         GPU 0 700 W -> 350 W (acquire) "
-            "for team-a/llm-0: read back\n"
+            "for team-a/llm-0: asked by pod team-a/llm-0\n"
         )
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=DEADLINE_S)
@@ -905,7 +911,7 @@ def test_events_ends_when_a_pipe_closes_between_two_lines(run_dir: Path) -> None
     ],
 )
 def test_event_lines(event: messages.Event, words: str) -> None:
-    line = tables.event(event)
+    line = tables.event(event, {})
     assert " ".join(line.split()) == f"1970-01-01T00:00:00.000Z {words}"
 
 
