@@ -45,6 +45,7 @@ ENFORCER_DEFAULTS: dict[str, Any] = COMMON_DEFAULTS | {
     "on_exit": "restore",
     "lease_s": None,
     "dry_run": False,
+    "supervised": False,
 }
 WATCHER_DEFAULTS: dict[str, Any] = COMMON_DEFAULTS | {
     "node": "node-a",
@@ -77,6 +78,7 @@ ENFORCER = COMMON | {
     "POWER_AGENT_ON_EXIT",
     "POWER_AGENT_LEASE",
     "POWER_AGENT_DRY_RUN",
+    "POWER_AGENT_SUPERVISED",
 }
 WATCHER = COMMON | {
     "NODE_NAME",
@@ -151,6 +153,7 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", "dry_run", "true", True),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", "dry_run", "1", True),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", "dry_run", "False", False),
+    (EnforcerSettings, "POWER_AGENT_SUPERVISED", "supervised", "1", True),
     (WatcherSettings, "NODE_NAME", "node", "n1", "n1"),
     (WatcherSettings, "KUBECONFIG", "kubeconfig", "/k", "/k"),
     (WatcherSettings, "WATCH_NAMESPACE", "namespace", "team-a", "team-a"),
@@ -208,6 +211,7 @@ WRONG: list[tuple[type[CommonSettings], str, list[str]]] = [
         ["release", "release:", "release:0", "90", "release:x"],
     ),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", ["yes", "on", "2"]),
+    (EnforcerSettings, "POWER_AGENT_SUPERVISED", ["yes"]),
     (WatcherSettings, "POWER_AGENT_METRICS_ADDR", ["9100", "0.0.0.0", "h:65536", "h:", "h:x"]),
     (WatcherSettings, "POWER_AGENT_EVENTS", ["yes"]),
 ]
