@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from shared.messages import MAX_PODS, RAW_CHARS
+from shared.powerctl.ask import UnreachableError
 from tests.node.conftest import MakeNode
 from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
@@ -284,6 +285,23 @@ def test_an_enforcer_that_was_killed_knows_what_it_found(node: SimNode) -> None:
     assert node.limit_mw(0) == 350_000
     node.start_enforcer()
     node.wait_for_limit(0, 650)
+
+
+@pytest.mark.xfail(strict=True, reason="it says that the pod is gone, which nobody has told it")
+def test_an_enforcer_without_a_snapshot_does_not_claim_that_a_pod_is_gone(node: SimNode) -> None:
+    """I12: the reason it gives for holding is that it has heard nothing yet."""
+    node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_limit(0, 350)
+    node.kill_watcher()
+    node.kill_enforcer()
+    node.start_enforcer()
+
+    def held() -> str | None:
+        with contextlib.suppress(UnreachableError):
+            return next((g.reason for g in node.status().gpus if g.state == "held"), None)
+        return None
+
+    assert "gone" not in node.wait_for(held, 5, "held")
 
 
 def test_a_killed_watcher_releases_nothing(node: SimNode) -> None:

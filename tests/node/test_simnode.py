@@ -44,12 +44,12 @@ def descendants(pid: int) -> set[int]:
     return found.union(*map(descendants, found))
 
 
-def leftovers() -> set[Path]:
-    """Whatever carries the name of a simulated node."""
+def made_by(output: str) -> set[Path]:
+    """The folder and the cgroup of the node that says so much of itself."""
     mounts = cgroup2_mounts(Path("/proc/self/mountinfo").read_text())
-    return {
-        path for folder in (base_folder(), *mounts) for path in folder.glob("power-agent-sim-*")
-    }
+    names = set(re.findall(r"power-agent-sim-[0-9a-f]{8}", output))
+    wanted = {folder / name for folder in (base_folder(), *mounts) for name in names}
+    return {path for path in wanted if path.exists()}
 
 
 # ---------------------------------------------------------------------- the command line
@@ -59,7 +59,6 @@ class Up:
     """`python -m tests.simnode up` in a process group of its own, as a shell starts it."""
 
     def __init__(self, *arguments: str) -> None:
-        before = leftovers()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.simnode", "up", *arguments],
             cwd=ROOT,
@@ -74,7 +73,7 @@ class Up:
             self.text += line
             if " events" in line:
                 break
-        self.made = leftovers() - before
+        self.made = made_by(self.text)
         self.pids = {self.process.pid} | descendants(self.process.pid)
 
     def pid(self, program: str) -> int:
@@ -289,7 +288,6 @@ def test_a_checkout_that_only_root_can_read(tmp_path: Path, prepare: str) -> Non
             shutil.copytree(source, home / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, home)
-    before = leftovers()
     program = f"import sys; sys.path.insert(0, '.')\n{prepare}"
     program += _AS_NOBODY.format(supervised=True)
     program += "print(node.installation.home)\n"
@@ -305,7 +303,7 @@ def test_a_checkout_that_only_root_can_read(tmp_path: Path, prepare: str) -> Non
     assert done.returncode == 0, done.stderr
     copy = Path(done.stdout.splitlines()[-1])
     assert copy.name.startswith("power-agent-sim-copy-")
-    eventually(lambda: leftovers() <= before, 10, "the copy gone")
+    eventually(lambda: not copy.exists(), 10, "the copy gone")
 
 
 @pytest.mark.kube
