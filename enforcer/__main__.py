@@ -1,5 +1,6 @@
 """The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main() -> int:
             log.warning("ledger", why=said)
         prepare_directory(config.run_dir)
         privileges.drop()  # before libzmq starts threads: each has its own capabilities
-        server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids})
+        server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
     except (LedgerError, TransportError, procfs.BlindError, privileges.TooMuchError) as error:
         settings.exit_usage(_NAME, str(error))
     server.watch(stop.fileno())
@@ -42,6 +43,7 @@ def main() -> int:
         agent.turn()
     agent.stop()
     server.close()
+    ledger.close()
     log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
     return 0
 

@@ -32,7 +32,7 @@ class Agent:
     ) -> None:
         self._config, self._log, self._server = c, log, server
         self._rules = Rules(c.min_mw, c.max_mw, c.safe_default, c.conflict, c.release_to)
-        self._ledger, self._ledger_fault = ledger, ""
+        self._ledger = ledger
         self._counts = m.Counters()
         self._desk = Desk(server, c, log, self._counts)
         self._me = m.EnforcerStatus(
@@ -105,7 +105,7 @@ class Agent:
             elif decision.action and time.monotonic() >= card.may_write_s():
                 ready.append(card)
                 self._enter(entries, card, decision)
-        if entries != self._ledger.entries or self._ledger_fault:
+        if entries != self._ledger.entries or self._me.ledger_fault:
             self._store(entries, durable=entries.keys() != self._ledger.entries.keys())
         for card in ready:
             if card.gpu.uuid in self._ledger.entries:  # I2: else its original is not on disk
@@ -136,13 +136,13 @@ class Agent:
             for uuid in entries.keys() - self._ledger.entries.keys():
                 self._failed(self._cards[uuid], "LEDGER", f"not taken: {error}")
             self._ledger.entries = {u: e for u, e in entries.items() if u in self._ledger.entries}
-            if not self._ledger_fault:
+            if not self._me.ledger_fault:
                 self._log.error("ledger", why=str(error), remedy="free or repair that disk")
-            self._ledger_fault = self._me.ledger = str(error)
+            self._me.ledger_fault = str(error)
         else:
-            if self._ledger_fault:
+            if self._me.ledger_fault:
                 self._log.info("ledger", why="can be written again")
-            self._ledger_fault, self._me.ledger = "", str(self._ledger.path)
+            self._me.ledger_fault = ""
 
     def _write(self, card: Card) -> None:
         """Set the limit, read it back, and say what came of it."""

@@ -57,6 +57,11 @@ class Ledger:
             return True
         return False
 
+    def close(self) -> None:
+        """Let go of the lock."""
+        os.close(self._lock)
+        os.close(self._dir)
+
     def load(self) -> list[str]:
         """Read the entries of this boot; return what a person should know about it.
 

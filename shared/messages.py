@@ -30,8 +30,12 @@ ErrorCode = Literal[
 ]
 
 
-class _Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+class _Message(Struct, frozen=True, kw_only=True, tag_field="type"):
     v: Literal[1] = VERSION
+
+
+class _Request(_Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What travels towards root is strict; an answer may say more than a reader knows."""
 
 
 class DesiredPod(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,7 +49,7 @@ class DesiredPod(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     raw: Annotated[str, Meta(max_length=RAW_CHARS)]
 
 
-class Snapshot(_Message, frozen=True, kw_only=True, tag="snapshot"):
+class Snapshot(_Request, frozen=True, kw_only=True, tag="snapshot"):
     """watcher -> enforcer: the whole desired state of the node; also its heartbeat."""
 
     session: Id
@@ -55,11 +59,11 @@ class Snapshot(_Message, frozen=True, kw_only=True, tag="snapshot"):
     others: list[Id]
 
 
-class Status(_Message, frozen=True, kw_only=True, tag="status"):
+class Status(_Request, frozen=True, kw_only=True, tag="status"):
     """reader -> enforcer: what holds now, and why?"""
 
 
-class Ping(_Message, frozen=True, kw_only=True, tag="ping"):
+class Ping(_Request, frozen=True, kw_only=True, tag="ping"):
     """reader -> enforcer: do you still turn?"""
 
 
@@ -136,6 +140,7 @@ class EnforcerStatus(Struct, kw_only=True):
     conflict: str
     cgroup_roots: list[str]
     ledger: str
+    ledger_fault: str = ""
 
 
 class WatcherStatus(Struct, frozen=True, kw_only=True):

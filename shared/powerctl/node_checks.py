@@ -113,8 +113,8 @@ def cgroup_version(proc: Path) -> Check:
 def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: bool) -> Check:
     """Check that what must outlive the enforcer is on disk."""
     name, path = "ledger", Path(reply.enforcer.ledger)
-    if ": " in reply.enforcer.ledger:  # the enforcer tells its fault in the path's place
-        return fail(name, reply.enforcer.ledger, "free or repair that disk; no new GPU is taken")
+    if fault := reply.enforcer.ledger_fault:
+        return fail(name, fault, "free or repair that disk; no new GPU is taken")
     if not as_root:
         return Check(name=name, seen=f"{path}: only root can look")
     managed = sum(gpu.managed for gpu in reply.gpus)
