@@ -23,8 +23,9 @@ import msgspec
 
 _IN_MOVED_TO = 0x80  # inotify(7); the simulated NVML replaces files by renaming
 _DEADLINE_S = 5.0
-# One GPU is written ten times a second at most, so eight pods in turn may go ten times as fast.
-_PAUSE_S = (0.03, 0.13)
+# Long enough that the agent's own scans, one a second, come between as they do in real life. One
+# GPU is written ten times a second at most: eight in turn never wait for that.
+_PAUSE_S = (0.03, 1.23)
 # Within the bounds of an H100.
 _WATTS = (250, 650)
 
