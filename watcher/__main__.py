@@ -1,5 +1,6 @@
 """The watcher, as a checklist: settings, API, link to the enforcer, health, reflect and publish."""
 
+import gc
 import signal
 import sys
 import threading
@@ -26,6 +27,9 @@ def main() -> int:
     """Run until SIGTERM or SIGINT; returns the exit status."""
     settings = from_command_line(_PROGRAM, _PURPOSE, WatcherSettings)
     log = Log("watcher", settings.log_level, settings.log_format)
+    # Until there is something to end in order: an exec plugin may take its time.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         return Watcher(settings, log).run()
     except SettingsError as error:
@@ -61,6 +65,8 @@ class Watcher:
         if not self._api.verifies:
             self._log.warning("api_unverified", why="the API server does not prove who it is")
         self._reflecting.start()
+        gc.collect()
+        gc.freeze()  # what start-up made stays for ever: no collection need look at it again
         self._publisher.run(self._stop)
         self._reflector.stop()
         self._log.info("stopped")
@@ -81,7 +87,7 @@ class Watcher:
             "/metrics": lambda: (
                 200,
                 metrics.CONTENT_TYPE,
-                metrics.page(self._counts, self._publisher.link()),
+                metrics.page(self._counts, self._publisher.link(time.monotonic())),
             ),
             "/healthz": lambda: health.checklist(self._stuck()),
             "/readyz": lambda: health.checklist(self._missing()),
@@ -99,7 +105,7 @@ class Watcher:
     def _missing(self) -> list[str]:
         problem = self._reflector.problem or "asking"
         listed = [] if self._reflector.listed else [f"pods: not listed yet: {problem}"]
-        return listed + self._publisher.missing()
+        return listed + self._publisher.missing(time.monotonic())
 
 
 if __name__ == "__main__":

@@ -114,9 +114,10 @@ class Recorder:
             self._api.post(path, body(note, self._node), read_timeout_s=_TIMEOUT_S)
         except ApiError as error:
             remedy = f"; add to the watcher's rules: {RULE}" if error.status == 403 else ""
-            problem = f"{error}{remedy}"
+            # A 403 names the namespace: the text alone would be new with each.
+            problem = str(error.status or error)
             if problem != self._problem:
-                self._log.warning("event_not_written", message=problem)
+                self._log.warning("event_not_written", message=f"{error}{remedy}")
             self._problem = problem
         else:
             self._problem = None

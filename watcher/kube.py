@@ -10,14 +10,18 @@ import importlib
 import importlib.util
 import logging
 import os
+import socket
+import ssl
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import msgspec
 import urllib3
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError, InsecureRequestWarning
 
 from shared import __version__
@@ -27,7 +31,14 @@ _CONNECT_S = 5.0
 _CHUNK_BYTES = 64 * 1024
 _STATUS_BYTES = 16 * 1024  # of an error's body, whose `message` says what was wrong
 # A peer that is gone without a word (node replaced, NAT entry lost) is noticed after about 25 s.
-_KEEPALIVE = {"idle": 10, "interval": 5, "count": 3}
+_KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+]
+# A module that is taken out of sys.modules by one thread must not be missed by another.
+_importing = threading.RLock()
 
 
 class ApiError(Exception):
@@ -95,10 +106,9 @@ class Api:
     def _open(self) -> tuple[Any, urllib3.PoolManager]:
         with _bare_packages():
             from kubernetes.client.rest import RESTClientObject  # noqa: PLC0415
-            from kubernetes.utils.keepalive import tcp_keepalive_socket_options  # noqa: PLC0415
 
         configuration = _configuration(self._kubeconfig, self._in_kubernetes)
-        configuration.socket_options = tcp_keepalive_socket_options(**_KEEPALIVE)
+        configuration.socket_options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
         return configuration, RESTClientObject(configuration).pool_manager
 
     def _reload(self) -> None:
@@ -141,7 +151,7 @@ class Api:
                 self.host + url,
                 headers=headers
                 | {"User-Agent": f"power-agent/{__version__}"}
-                | self._credentials(),
+                | _credentials(self._configuration),
                 body=body,
                 timeout=urllib3.Timeout(connect=_CONNECT_S, read=timeout_s),
                 retries=False,
@@ -150,14 +160,19 @@ class Api:
                 decode_content=False,
             )
 
-    def _credentials(self) -> dict[str, str]:
-        """Return the header with the token; the library reads its file again every minute."""
-        try:
-            settings = self._configuration.auth_settings().values()
-        # The library's own ConfigException has no base of its own.
-        except Exception as error:
-            raise ApiError(f"cannot read the token: {_one_line(error)}") from error
-        return {s["key"]: s["value"].strip() for s in settings if s["value"]}
+
+def _credentials(configuration: Any) -> dict[str, str]:  # noqa: ANN401
+    """Return the header with the token; the library reads its file again every minute."""
+    try:
+        settings = configuration.auth_settings().values()
+    # The library's own ConfigException has no base of its own.
+    except Exception as error:
+        raise ApiError(f"cannot read the token: {_one_line(error)}") from error
+    headers = {s["key"]: s["value"].strip() for s in settings if s["value"]}
+    # http.client would refuse it too, but with the token in the error's text.
+    if not all(value.isascii() and value.isprintable() for value in headers.values()):
+        raise ApiError("cannot use the token: it is not one line of plain text")
+    return headers
 
 
 def _configuration(kubeconfig: str | None, in_kubernetes: bool) -> Any:  # noqa: ANN401
@@ -166,17 +181,22 @@ def _configuration(kubeconfig: str | None, in_kubernetes: bool) -> Any:  # noqa:
         from kubernetes.client.configuration import Configuration  # noqa: PLC0415
         from kubernetes.config import config_exception, incluster_config  # noqa: PLC0415
 
-    configuration: Any = Configuration()
     problem = "this is no pod with a service account"
     if in_kubernetes:
+        configuration: Any = Configuration()
         try:
             incluster_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
-        except (config_exception.ConfigException, OSError) as error:
+            _check(configuration)
+        except (config_exception.ConfigException, ApiError, OSError, ValueError) as error:
             problem = f"this pod's service account cannot be used ({_one_line(error)})"
         else:
             return configuration
     if kubeconfig is None:
-        raise SettingsError(f"KUBECONFIG is not set and {problem}: set it to a kubeconfig file")
+        raise SettingsError(
+            f"KUBECONFIG is not set and {problem}: "
+            "set it to a kubeconfig file, or mount a service account's token"
+        )
+    configuration = Configuration(host="")  # the library's own default is http://localhost
     _load_kubeconfig(configuration, kubeconfig)
     return configuration
 
@@ -188,15 +208,54 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str) -> None:  # noqa: ANN4
         from kubernetes.config import kube_config  # noqa: PLC0415
     remedy = "name a kubeconfig file that works with kubectl"
     paths = [path for path in kubeconfig.split(os.pathsep) if path]
+    complaints = _Complaints()
+    logging.getLogger().addHandler(complaints)
     try:
         for path in paths:  # the library would take an unreadable one for no file at all
             Path(path).expanduser().open("rb").close()
         kube_config.load_kube_config(  # type: ignore[no-untyped-call]
             kubeconfig, client_configuration=configuration, persist_config=False
         )
+        if complaints.texts:
+            raise ApiError(complaints.texts[0])
+        _check(configuration)
     # Whatever a file of any content makes YAML, base64 and the library raise.
     except Exception as error:
         raise SettingsError(f"KUBECONFIG={kubeconfig!r}: {_one_line(error)}; {remedy}") from error
+    finally:
+        logging.getLogger().removeHandler(complaints)
+
+
+class _Complaints(logging.Handler):
+    """Keeps the errors that the library logs: an exec plugin that fails is no more to it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _check(configuration: Any) -> None:  # noqa: ANN401
+    """Refuse what no request could succeed with; raises ApiError."""
+    host = str(configuration.host)
+    if not urlsplit(host).hostname or not host.startswith(("https://", "http://")):
+        raise ApiError(f"the server {host!r} is no https:// address")
+    _credentials(configuration)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if configuration.verify_ssl and configuration.ssl_ca_cert:
+            context.load_verify_locations(configuration.ssl_ca_cert)
+    except OSError as error:
+        raise ApiError(f"the certificate authority cannot be used: {error}") from error
+    try:
+        if configuration.cert_file:
+            # No password: else OpenSSL asks for it on the terminal.
+            chain = configuration.cert_file, configuration.key_file
+            context.load_cert_chain(*chain, password=lambda: b"")
+    except OSError as error:
+        raise ApiError(f"the client certificate cannot be used: {error}") from error
 
 
 def _api_client(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -213,18 +272,19 @@ def _bare_packages() -> Iterator[None]:
     files that are used here need 27 (kubernetes 37.0.2, Python 3.11).
     """
     made: list[str] = []
-    for name in ("kubernetes", "kubernetes.config", "kubernetes.utils"):
-        if name not in sys.modules:
-            spec = importlib.util.find_spec(name)
-            if spec is None:
-                raise ModuleNotFoundError(f"no module named {name!r}", name=name)
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            made.append(name)
-    try:
-        yield
-    finally:
-        for name in made:
-            del sys.modules[name]
+    with _importing:
+        try:
+            for name in ("kubernetes", "kubernetes.config", "kubernetes.utils"):
+                if name not in sys.modules:
+                    spec = importlib.util.find_spec(name)
+                    if spec is None:
+                        raise ModuleNotFoundError(f"no module named {name!r}", name=name)
+                    sys.modules[name] = importlib.util.module_from_spec(spec)
+                    made.append(name)
+            yield
+        finally:
+            for name in made:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager
@@ -244,8 +304,8 @@ def _root(error: BaseException) -> BaseException:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    name = type(error).__name__
-    return (text if isinstance(error, OSError) and text else f"{name}: {text}".rstrip(": "))[:300]
+    named = f"{type(error).__name__}: {text}".rstrip(": ")
+    return (text if text and isinstance(error, OSError | ApiError) else named)[:300]
 
 
 class _Status(msgspec.Struct):

@@ -182,7 +182,7 @@ def _metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> list[
     # By labels: two pods of one name, the old one still ending, would make the page invalid.
     found = {_labels(labels): value for labels, value in samples}
     lines = [f"{name}{labels} {value}" for labels, value in found.items()]
-    return [*_head(name, kind, text), *lines] if lines else []
+    return [*_head(name, kind, text), *lines]
 
 
 def _head(name: str, kind: str, text: str) -> list[str]:

@@ -82,7 +82,7 @@ class Mailbox:
 class Publisher:
     """Owns the link to the enforcer; one thread runs it, others only look at it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its parts
         self,
         client: Client,
         mailbox: Mailbox,
@@ -90,26 +90,29 @@ class Publisher:
         counts: Counts,
         log: Log,
         on_report: Callable[[messages.Report], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is sent before `run`."""
         self._client, self._mailbox, self._node = client, mailbox, node
         self._counts, self._log, self._on_report = counts, log, on_report
+        self._clock = clock
         self._session = secrets.token_hex(16)
         self._content = snapshot.EMPTY
         self._snapshot: messages.Snapshot | None = None
         self._revision = 0
         self._connections = 0
-        self._due_at = time.monotonic()
+        self._due_at = self._clock()
         self._retry_s = _RETRY_S
         self._pending: list[tuple[int, float]] = []  # (revision, when its first event arrived)
-        self._reported_at = time.monotonic()
+        self._reported_at = self._clock()
         self._report: messages.Report | None = None
         self._heard = False
         self._owed_since: float | None = None  # when the oldest request without an answer was due
         self._silent = False
         self.too_much: str | None = None
         self.refused: str | None = None
-        self.turned_at = time.monotonic()
+        self._refused_code: str | None = None
+        self.turned_at = self._clock()
 
     def run(self, stop: threading.Event) -> None:
         """Publish until `stop` is set (and the mailbox's bell rung)."""
@@ -120,21 +123,25 @@ class Publisher:
     def turn(self) -> None:
         """Wait for something to do and do it."""
         try:
-            replies = self._client.wait(max(0.0, self._due_at - time.monotonic()))
+            replies = self._client.wait(max(0.0, self._due_at - self._clock()))
         except msgspec.DecodeError as error:
             self._refuse("answer", f"the enforcer's answer makes no sense: {error}")
             replies = []
-        self.turned_at = now = time.monotonic()
+        self.step(self._clock(), replies)
+
+    def step(self, now: float, replies: list[messages.Reply]) -> None:
+        """Take what came in and send what is due."""
+        self.turned_at = now
         for reply in replies:
             self._take(reply, now)
-        self._update()
+        self._update(now)
         reconnected = self._client.connections != self._connections
         self._connections = self._client.connections
         if reconnected or now >= self._due_at:
             self._send(now)
         self._watch_silence(now)
 
-    def _update(self) -> None:
+    def _update(self, now: float) -> None:
         """Make the newest pods the wish, if they ask for something else than before."""
         pods, arrived_at = self._mailbox.take()
         if pods is None:
@@ -147,13 +154,14 @@ class Publisher:
         except snapshot.TooMuchError as error:
             self._suspend(str(error))
             return
+        if self.too_much is not None:
+            self._log.info("snapshot_possible")
         self.too_much = None
         self._revision = candidate.revision
         before, self._content, self._snapshot = self._content, content, candidate
         if arrived_at is not None and len(self._pending) < _PENDING:
             self._pending.append((self._revision, arrived_at))
-        self._due_at = time.monotonic()
-        self._send(self._due_at)
+        self._send(now)
         self._tell(before, content, pods)
 
     def _make(self, content: snapshot.Content) -> messages.Snapshot:
@@ -209,14 +217,14 @@ class Publisher:
                 pass  # an answer to nothing that was asked here
 
     def _refuse(self, code: str, problem: str) -> None:
-        if self.refused is None:
+        if code != self._refused_code:
             self._log.error("enforcer_refuses", code=code, message=problem)
-        self.refused = problem
+        self.refused, self._refused_code = problem, code
 
     def _accepted(self) -> None:
         if self.refused is not None:
             self._log.info("enforcer_accepts")
-        self.refused = None
+        self.refused = self._refused_code = None
 
     def _watch_silence(self, now: float) -> None:
         if self._snapshot is None:  # it is asked nothing, so it owes no answer
@@ -250,21 +258,20 @@ class Publisher:
             place = {"namespace": pod.namespace, "pod": pod.name}
             self._log.warning("annotation_unusable", **place, value=pod.raw, problem=problem)
 
-    def link(self) -> Link:
+    def link(self, now: float) -> Link:
         """Return how the enforcer is doing, for the metrics."""
-        now = time.monotonic()
         up = self._heard and self._client.connected and not self._silent
         age_s = now - self._reported_at
         current = up and self.refused is None and age_s <= SILENT_S
         return Link(up=up, snapshot_age_s=age_s, report=self._report, current=current)
 
-    def missing(self) -> list[str]:
+    def missing(self, now: float) -> list[str]:
         """Return what keeps limits from being enforced, as far as this side can see."""
         if self.too_much is not None:
             return [f"snapshot: {self.too_much}"]
         if self.refused is not None:
             return [f"enforcer: {self.refused}"]
-        link = self.link()
+        link = self.link(now)
         if link.report is None or not link.up:
             return ["enforcer: no answer"]
         if link.report.nvml != "ok":

@@ -52,10 +52,6 @@ class Api(Protocol):
     ) -> Answer: ...
 
 
-class ExpiredError(ApiError):
-    """The server no longer knows the version to go on from (410)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Listing:
     """Nothing to go on from: the next step lists."""
@@ -117,9 +113,14 @@ class Scope:
         return f"add to the rules of the watcher's {kind}: {rule}"
 
 
+def is_expiry(error: ApiError) -> bool:
+    """Tell whether the server no longer knows the version to go on from."""
+    return error.status == 410
+
+
 def after_failure(state: State, error: ApiError) -> State:
     """Return where to go on after `error`: from the beginning only when the server forgot."""
-    if isinstance(state, Listing) or isinstance(error, ExpiredError) or error.status == 410:
+    if isinstance(state, Listing) or is_expiry(error):
         return Listing()
     return Resuming(state.version)
 
@@ -129,17 +130,22 @@ class Backoff:
 
     def __init__(self) -> None:
         """Begin without failures."""
-        self.failures = 0
+        self.failures, self._expired = 0, False
 
     def succeed(self) -> None:
         """Begin anew."""
-        self.failures = 0
+        self.failures, self._expired = 0, False
 
     def fail(self, error: ApiError) -> float:
-        """Return the seconds to wait after one more; a first 410 is no reason to wait."""
-        self.failures += 1
-        if self.failures == 1 and (isinstance(error, ExpiredError) or error.status == 410):
+        """Return the seconds to wait after one more.
+
+        A 410 is an answer, usually the first after an outage: no reason to wait, unless the one
+        before was the same.
+        """
+        again, self._expired = self._expired, is_expiry(error)
+        if self._expired and not again:
             return 0.0
+        self.failures += 1
         longest_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(self.failures - 1, 10))
         jittered_s = longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
         return min(_MAX_DELAY_S, max(jittered_s, error.retry_after_s))
@@ -340,8 +346,7 @@ class Reflector:
 
 def _watch_error(failure: metadata.Failure) -> ApiError:
     text = f"the watch ended with status {failure.code}: {failure.message[:300]}"
-    kind = ExpiredError if failure.code == 410 else ApiError
-    return kind(text, failure.code)
+    return ApiError(text, failure.code)
 
 
 def _number(version: str) -> int:
