@@ -203,6 +203,7 @@ class Agent:
         me.uptime_s = round(now - self._desk.started_s, 3)
         me.node = snapshot.node if snapshot else None
         gpus = [card.gpu for card in self._cards.values()]
+        gpus.sort(key=lambda gpu: (gpu.index is None, gpu.index))
         pods = standing.pods(snapshot.pods if snapshot else (), gpus, self._clamp)
         due, self._desk.due = self._desk.due, []
         for incoming, request in due:

@@ -36,7 +36,7 @@ class Desk:
         self.started_s = time.monotonic()
         self._heard_s = self.started_s
         self._retired: deque[str] = deque(maxlen=_RETIRED)
-        self._desired = Desired()
+        self._desired = Desired("unheard")
         self.snapshot: m.Snapshot | None = None
         self.changed = False  # the snapshot differs from the one last decided on
         self.due: list[tuple[Incoming, m.Request]] = []
@@ -103,7 +103,9 @@ class Desk:
         d, silent_s = self._desired, time.monotonic() - self._heard_s
         if self._lease_s is not None and silent_s > self._lease_s:
             return Desired("expired", d.pods, d.ids, d.others)
-        return d if silent_s <= _LIVING_S else Desired("silent", d.pods, d.ids, d.others)
+        if silent_s <= _LIVING_S or d.link == "unheard":
+            return d
+        return Desired("silent", d.pods, d.ids, d.others)
 
     def watcher(self) -> m.WatcherStatus:
         """Return the watcher as it looks from here."""

@@ -15,8 +15,9 @@ from shared.units import format_watts as w
 from shared.units import same_limit
 
 Action = Literal["acquire", "adjust", "drift", "note", "release"]
-# living: a complete snapshot came lately; silent: none did, so no power is given.
-Link = Literal["living", "silent", "expired", "stopping"]
+# living: a complete snapshot came lately; silent: none did, so no power is given; unheard: none
+# ever came to this process.
+Link = Literal["living", "silent", "unheard", "expired", "stopping"]
 _END = {"expired": "watcher silent for longer than the lease", "stopping": "the enforcer stops"}
 
 
@@ -125,6 +126,9 @@ class _Case:
     def decide(self) -> Decision:
         if end := _END.get(self.desired.link):
             return self._give_back(end)
+        if self.desired.link == "unheard":
+            why = "no snapshot of the watcher came yet"
+            return self._hold(why) if self.owned else Decision("free", why)
         if self.gpu.occupants is None:
             return self._hold("its process list cannot be read")
         owners = [occupant.owner for occupant in self.gpu.occupants]

@@ -287,7 +287,6 @@ def test_an_enforcer_that_was_killed_knows_what_it_found(node: SimNode) -> None:
     node.wait_for_limit(0, 650)
 
 
-@pytest.mark.xfail(strict=True, reason="it says that the pod is gone, which nobody has told it")
 def test_an_enforcer_without_a_snapshot_does_not_claim_that_a_pod_is_gone(node: SimNode) -> None:
     """I12: the reason it gives for holding is that it has heard nothing yet."""
     node.add_pod("trainer", limit=350, gpus=[0])

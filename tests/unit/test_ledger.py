@@ -35,6 +35,23 @@ def reopened(folder: Path, boot_id: str = BOOT) -> tuple[Mapping[str, Owned], li
     return ledger.entries, said
 
 
+@pytest.fixture(autouse=True)
+def _no_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ledgers are held to the end of their process; these share one with all other tests."""
+    made: list[Ledger] = []
+    opened = Ledger.__init__
+
+    def remember(self: Ledger, state_dir: Path, boot_id: str) -> None:
+        opened(self, state_dir, boot_id)
+        made.append(self)
+
+    monkeypatch.setattr(Ledger, "__init__", remember)
+    yield
+    for ledger in made:
+        with suppress(OSError):
+            ledger.close()
+
+
 def written(folder: Path, *generations: Mapping[str, Owned]) -> Ledger:
     ledger = Ledger(folder, BOOT)
     for entries in generations:
