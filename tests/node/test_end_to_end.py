@@ -395,9 +395,9 @@ def test_compaction_lists_once_and_loses_nothing(node: SimNode, how: str) -> Non
 def test_steady_state_writes_lists_and_logs_nothing(make_node: MakeNode) -> None:
     """I10, over several scans, heartbeats and readings back."""
     node = make_node(settings={"POWER_AGENT_SCAN_SECONDS": "0.5"})
-    node.add_pod("trainer", limit=350, gpus=[0])
+    trainer = node.add_pod("trainer", limit=350, gpus=[0])
     node.add_pod("other", gpus=[1])
-    node.wait_for_limit(0, 350)
+    node.wait_for_state(trainer, "enforced")  # its log line comes before that answer
     node.wait_for(lambda: embedded(node).open_watches == 1, 5, "the watch")
     before = len(node.gpus.sets()), embedded(node).count(), len(node.log_lines())
     snapshots = node.status().counters.snapshots

@@ -394,7 +394,7 @@ def test_i2_a_full_disk_no_first_write_and_owned_ones_are_kept(
     assert node.gpu(1).state == "failed"
     assert "No space left" in node.gpu(1).reason
     assert not node.gpu(1).managed
-    assert "No space left" in node.status().enforcer.ledger
+    assert "No space left" in node.status().enforcer.ledger_fault
     node.gpus[0].limit_mw = 600_000
     node.wait_limit(250)
     said = [line for line in node.logs("ledger") if line["level"] == "error"]
@@ -410,7 +410,7 @@ def test_i2_a_full_disk_no_first_write_and_owned_ones_are_kept(
     ballast.unlink()
     node.wait_limit(300, 1)
     assert set(node.owned()) == {gpu.uuid for gpu in node.gpus}
-    assert "No space left" not in node.status().enforcer.ledger
+    assert "No space left" not in (node.status().enforcer.ledger_fault or "")
 
 
 @pytest.mark.root

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 
-import pytest
-
 from shared import messages as m
 from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
 
