@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
 from tests.kube import assets
+from tests.kube.agent_node import Audit, KubeNode
 from tests.simnode.controlplane import ControlPlane
+from tests.simnode.node import MANIFEST
+
+# Processes are looked for ten times a second, so that a test need not wait a second for each.
+FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5"}
+
+MakeNode = Callable[..., KubeNode]
 
 
 @pytest.fixture(scope="session")
-def controlplane() -> Iterator[ControlPlane]:
+def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    """What service accounts ask of the control plane."""
+    return Audit(tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture(scope="session")
+def controlplane(audit: Audit) -> Iterator[ControlPlane]:
     """Started once; tests keep apart by using node and pod names of their own."""
     try:
         folder = assets.from_environment()
@@ -21,8 +35,38 @@ def controlplane() -> Iterator[ControlPlane]:
         if os.environ.get("POWER_AGENT_REQUIRE_KUBE") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-    with ControlPlane(folder) as kube:
+    with ControlPlane(folder, extra_flags=audit.flags()) as kube:
         yield kube
+
+
+@pytest.fixture(scope="session")
+def cluster(controlplane: ControlPlane) -> ControlPlane:
+    """One in which the manifest is applied, as the README says; who changes it mends it."""
+    controlplane.kubectl("apply", "-f", str(MANIFEST))
+    return controlplane
+
+
+@pytest.fixture
+def make_node(cluster: ControlPlane, request: pytest.FixtureRequest) -> Iterator[MakeNode]:
+    """Makes nodes of the cluster, named after the test."""
+    nodes: list[KubeNode] = []
+
+    def make(*, settings: dict[str, str] | None = None, **options: object) -> KubeNode:
+        name = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_")).strip("-")
+        chosen = {"name": name[:60].strip("-"), "settings": FAST | (settings or {}), **options}
+        node = KubeNode(cluster, **chosen)  # type: ignore[arg-type]
+        nodes.append(node.__enter__())
+        return node
+
+    yield make
+    for node in nodes:
+        node.close()
+
+
+@pytest.fixture
+def node(make_node: MakeNode) -> KubeNode:
+    """Two GPUs, both programs running."""
+    return make_node()
 
 
 @pytest.hookimpl(wrapper=True)
