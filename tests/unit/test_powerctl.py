@@ -1139,7 +1139,7 @@ def test_doctor_judges_the_ledger(tmp_path: Path) -> None:
     assert result(told) == "fail"
     path.write_text("{}")
     assert result(told) == "ok"
-    faulty = reply(enforcer=enforcer(ledger=str(path), ledger_fault="cannot be written: No space left"))
+    faulty = reply(enforcer=enforcer(ledger=str(path), ledger_fault="No space left on device"))
     assert result(faulty) == "fail"
     # The enforcer's own view of its path goes first.
     inside = tmp_path / "proc/50/root" / path.relative_to("/")
