@@ -195,6 +195,15 @@ class EnforcerNode:
         process = self.spawn(**settings)
         return process.wait(DEADLINE_S), self.errors()[before:]
 
+    def lives_for(self, span_s: float) -> None:
+        """Let `span_s` pass; an AssertionError where the enforcer ends meanwhile."""
+        assert self.process is not None
+        try:
+            status = self.process.wait(max(0.0, span_s))
+        except subprocess.TimeoutExpired:
+            return
+        raise AssertionError(f"the enforcer ended with status {status}")
+
     def cpu_s(self) -> float:
         """CPU time that the enforcer has used."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import pairwise
+
+import pytest
 
 from shared import messages as m
 from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
@@ -12,14 +15,26 @@ A, B = pod_uid(1), pod_uid(2)
 WRITE_GAP_NS = 100_000_000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def silent() -> Iterator[tuple[EnforcerNode, float]]:
+    """A node whose watcher is silent from now on, and since when.
+
+    An enforcer takes a watcher for silent after ten seconds: the other tests use that time.
+    """
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300, B: 250})
+        yield node, time.monotonic()
+
+
 def heartbeats_for(node: EnforcerNode, span_s: float) -> int:
-    """Repeat the last snapshot, each as soon as a watcher might, over `span_s`."""
+    """Repeat the last snapshot, oftener than a watcher does, over `span_s`."""
     count, end_s = 0, time.monotonic() + span_s
     while time.monotonic() < end_s:
         node.heartbeat()
         count += 1
-        assert node.process is not None
-        time.sleep(0.2)  # the pace of the heartbeats, not a wait for anything
+        node.lives_for(0.2)
     return count
 
 
@@ -96,54 +111,86 @@ def test_i11_the_pace_is_each_gpus_own() -> None:
         assert abs(between) < WRITE_GAP_NS
 
 
-def test_nvml_is_let_go_when_nothing_is_desired_and_taken_again_when_something_is() -> None:
-    with EnforcerNode() as node, EnforcerNode() as asked:
-        node.start()
-        asked.start()
-        pid = node.run_pod(A)
-        node.snapshot({A: 300})
-        assert node.gpus.open_by() == {node.pid}
-        node.end(pid)
-        node.snapshot({})
-        node.wait_limit(700)
-        # No status meanwhile: a question is something to do.
-        wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
-        wait_until(lambda: not asked.gpus.open_by(), "NVML is let go")
-        node.snapshot({}, others=[B])
-        assert node.gpus.open_by() == set()
-        node.run_pod(A)
-        node.snapshot({A: 300})
-        assert node.limit() == 300
-        assert node.gpus.open_by() == {node.pid}
-
-        asked.gpus[0].limit_mw = 600_000
-        shown = asked.gpu()
-        assert (shown.limit_mw, shown.state) == (600_000, "free")
-        assert asked.gpus.open_by() == {asked.pid}
-
-
-def test_a_wish_that_is_withdrawn_while_its_write_waits_leaves_nothing_behind() -> None:
-    """Given back, wanted again and not wanted any more, all within the gap between two writes."""
+@pytest.fixture(scope="module")
+def unasked() -> Iterator[EnforcerNode]:
+    """A node whose enforcer gets snapshots and, from now on, no question: one keeps NVML open."""
     with EnforcerNode() as node:
-        node.start()
-        node.run_pod(A)
-        wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
-        node.snapshot({A: 300})
-        node.snapshot({}, others=[A])
-        assert node.limit() == 700
-        node.revision += 1
-        node.client.send(node.message({A: 300}))
-        node.client.wait(0.04)  # long enough to be decided on, too short to be written
-        node.revision += 1
-        node.client.send(node.message({}, others=[A]))
+        yield node.start()
 
-        def answered() -> bool:
-            replies = node.client.wait(0.1)
-            return any(isinstance(r, m.Report) and r.revision == node.revision for r in replies)
 
-        wait_until(answered, "the last snapshot is answered", deadline_s=3)
-        node.snapshot({}, others=[A])
-        cpu_s = node.cpu_s()
-        heartbeats_for(node, 1.0)
-        assert node.cpu_s() - cpu_s < 0.3
-        assert node.limit() == 700
+def test_nvml_is_let_go_when_nothing_is_desired_and_taken_again_when_something_is(
+    unasked: EnforcerNode,
+) -> None:
+    node = unasked
+    pid = node.run_pod(A)
+    node.snapshot({A: 300})
+    assert node.gpus.open_by() == {node.pid}
+    node.end(pid)
+    node.snapshot({})
+    node.wait_limit(700)
+    wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
+    node.snapshot({}, others=[B])
+    assert node.gpus.open_by() == set()
+    pid = node.run_pod(A)
+    node.snapshot({A: 300})
+    assert node.limit() == 300
+    assert node.gpus.open_by() == {node.pid}
+    node.end(pid)
+    node.snapshot({})
+
+
+def test_a_wish_that_is_withdrawn_while_its_write_waits_leaves_nothing_behind(
+    unasked: EnforcerNode,
+) -> None:
+    """Given back, wanted again and not wanted any more, all within the gap between two writes."""
+    node = unasked
+    wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
+    node.run_pod(A)
+    node.snapshot({A: 300})
+    node.snapshot({}, others=[A])
+    assert node.limit() == 700
+    node.revision += 1
+    node.client.send(node.message({A: 300}))
+    node.client.wait(0.04)  # long enough to be decided on, too short to be written
+    node.revision += 1
+    withdrawn = node.message({}, others=[A])
+    node.client.send(withdrawn)
+
+    def answered() -> bool:
+        replies = node.client.wait(0.1)
+        return any(isinstance(r, m.Report) and r.revision == node.revision for r in replies)
+
+    wait_until(answered, "the last snapshot is answered", deadline_s=3)
+    cpu_s = node.cpu_s()
+    for _ in range(5):
+        node.send(withdrawn)
+        node.lives_for(0.2)
+    assert node.cpu_s() - cpu_s < 0.5  # a busy loop would use all of the second
+    assert node.limit() == 700
+
+
+def test_a_question_opens_nvml_and_the_answer_shows_the_gpus(unasked: EnforcerNode) -> None:
+    wait_until(lambda: not unasked.gpus.open_by(), "NVML is let go")
+    unasked.gpus[0].limit_mw = 600_000
+    shown = unasked.gpu()
+    assert (shown.limit_mw, shown.state) == (600_000, "free")
+    assert unasked.gpus.open_by() == {unasked.pid}
+
+
+def test_without_a_lease_a_silent_watcher_holds(
+    silent: tuple[EnforcerNode, float],
+) -> None:
+    node, since_s = silent
+    node.lives_for(since_s + 10.2 - time.monotonic())
+    # Nobody has asked anything meanwhile, yet something is owned.
+    assert node.gpus.open_by() == {node.pid}
+    assert not node.status().watcher.connected
+    for pid in node.gpus[0].processes():
+        node.end(pid)
+    node.run_host()
+    node.looks()
+    assert node.gpu().state == "held"
+    assert "silent" in node.gpu().reason
+    assert node.limit() == 300
+    node.run_pod(B)  # lowering needs no living watcher
+    node.wait_limit(250)

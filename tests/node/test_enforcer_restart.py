@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -312,28 +311,6 @@ def test_lease_counts_from_the_start_when_no_watcher_ever_comes() -> None:
         node.kill()
         node.start(lease="release:0.5")
         node.wait_limit(700)
-
-
-def test_without_a_lease_a_silent_watcher_holds() -> None:
-    """Ten seconds: only then an enforcer takes a watcher for silent."""
-    with EnforcerNode() as node:
-        node.start()
-        pid = node.run_pod(A)
-        node.snapshot({A: 300, B: 250})
-        assert node.process is not None
-        with pytest.raises(subprocess.TimeoutExpired):
-            node.process.wait(10.2)
-        # Nobody has asked anything meanwhile, yet something is owned.
-        assert node.gpus.open_by() == {node.pid}
-        assert not node.status().watcher.connected
-        node.end(pid)
-        node.run_host()
-        node.looks()
-        assert node.gpu().state == "held"
-        assert "silent" in node.gpu().reason
-        assert node.limit() == 300
-        node.run_pod(B)  # lowering needs no living watcher
-        node.wait_limit(250)
 
 
 def test_dry_run_decides_and_reports_and_writes_nothing() -> None:
