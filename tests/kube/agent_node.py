@@ -78,7 +78,7 @@ class KubeNode(SimNode):
     def renew_token(self) -> None:
         """Another token in the watcher's file, at one stroke as the kubelet does it."""
         fresh = self.folder / "token.new"
-        fresh.touch(mode=0o400)
+        fresh.touch(mode=0o600)
         fresh.write_text(self.cluster.service_account_token(*self._account))
         os.chown(fresh, self.watcher_uid, -1)
         fresh.rename(self.token_file)
