@@ -200,7 +200,7 @@ BYTES = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, database=None)
 @given(BYTES, st.lists(st.sampled_from((*USUAL_ROOTS, "/x")), max_size=3))
 def test_no_bytes_raise(text: bytes, roots: list[str]) -> None:
     found = pod_of(text, roots)
@@ -244,7 +244,7 @@ ROOTS_OWN = ("host-root", "host-kubepods-slice-itself", "v1-mixed-controllers")
 WHOLE = [s for s in SAMPLES if s["text"].endswith("\n") and s["name"] not in ROOTS_OWN]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, database=None)
 @given(st.sampled_from(WHOLE), MIMICS)
 def test_a_mimicked_cgroup_below_a_process_s_own_never_changes_the_answer(
     sample: Sample, below: str
