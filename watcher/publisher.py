@@ -134,10 +134,11 @@ class Publisher:
         self.turned_at = now
         for reply in replies:
             self._take(reply, now)
+        if self._client.connections != self._connections:
+            self._connections = self._client.connections
+            self._due_at = now  # it may have forgotten everything
         self._update(now)
-        reconnected = self._client.connections != self._connections
-        self._connections = self._client.connections
-        if reconnected or now >= self._due_at:
+        if now >= self._due_at:
             self._send(now)
         self._watch_silence(now)
 
