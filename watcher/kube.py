@@ -114,9 +114,15 @@ class Api:
     def _reload(self) -> None:
         """Read tokens and certificates again; keep the old ones where that fails."""
         try:
-            self._configuration, self._pool = self._open()
+            configuration, pool = self._open()
         except SettingsError as error:
             raise ApiError(f"cannot read the credentials again: {error}", 401) from error
+        self.close()
+        self._configuration, self._pool = configuration, pool
+
+    def close(self) -> None:
+        """Close the connections that nobody uses just now."""
+        self._pool.clear()
 
     def get(
         self, path: str, query: Mapping[str, str], *, accept: str, read_timeout_s: float

@@ -190,6 +190,7 @@ class Reflector:
             except Exception as error:  # noqa: BLE001
                 self._log.error("reflector_failed", error=repr(error)[:500], state=repr(state)[:80])
                 state = self._recover(Listing(), ApiError(f"internal error: {error!r}"[:300]))
+        self._hang_up()
 
     def stop(self) -> None:
         """End `run`, also where it waits for the server."""
@@ -306,9 +307,7 @@ class Reflector:
 
     def _recover(self, state: State, error: ApiError) -> State:
         """Say what is wrong, once; wait; return where to go on."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        self._hang_up()
         # Stopping: whatever failed did so because its connection was taken away.
         if self._stop.is_set():
             return state
@@ -325,6 +324,11 @@ class Reflector:
             self._say(state, error)
         self._stop.wait(delay_s)
         return following
+
+    def _hang_up(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _say(self, state: State, error: ApiError) -> None:
         text = str(error)
