@@ -471,3 +471,25 @@ def test_i9_killed_at_any_instant_of_a_store_the_original_stands(
     entries, said = reopened(tmp_path)
     assert said == []
     assert entries["GPU-1"].original_mw == 700_000
+
+
+def test_i2_a_durable_store_is_on_disk_before_it_takes_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written, fsynced, renamed, directory fsynced: no test can pull the plug, so the order counts."""
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(fd: int) -> None:
+        done.append("fsync directory" if Path(f"/proc/self/fd/{fd}").is_dir() else "fsync file")
+        fsync(fd)
+
+    def noted_rename(*arguments: str, **more: int) -> None:
+        done.append("rename")
+        rename(*arguments, **more)
+
+    ledger = written(tmp_path, FIRST)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    ledger.store(SECOND, durable=True)
+    assert done == ["fsync file", "rename", "fsync directory"]
