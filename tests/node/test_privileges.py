@@ -1,0 +1,140 @@
+"""What the enforcer holds as it runs, compared with the list in docs/threat-model.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
+
+CAPABILITIES = {"CAP_SYS_ADMIN": 21}  # linux/capability.h
+A = pod_uid(1)
+
+
+def documented() -> dict[str, str]:
+    text = (REPOSITORY / "docs/threat-model.md").read_text()
+    block = re.search(r"```privileges\n(.*?)```", text, re.DOTALL)
+    assert block
+    return dict(line.split(": ", 1) for line in block[1].splitlines())
+
+
+def status_of_threads(pid: int) -> list[dict[str, str]]:
+    return [
+        dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+
+
+def targets(pid: int) -> list[str]:
+    return [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def internet_inodes(pid: int) -> set[str]:
+    """Sockets of the process's network namespace that speak TCP, UDP or raw IP."""
+    found = set()
+    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "icmp", "icmp6", "packet"):
+        table = Path(f"/proc/{pid}/net/{name}")
+        if table.exists():
+            column = 8 if name == "packet" else 9
+            found |= {line.split()[column] for line in table.read_text().splitlines()[1:]}
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has anything to give up")
+def test_i7_every_thread_holds_the_documented_capabilities_only() -> None:
+    kept = sum(1 << CAPABILITIES[name] for name in documented()["capabilities"].split())
+    with EnforcerNode() as node:
+        node.start()
+        threads = status_of_threads(node.pid)
+        assert len(threads) > 1  # libzmq's own as well
+        for status in threads:
+            for name in ("CapPrm", "CapEff", "CapBnd"):
+                assert int(status[name], 16) == kept, (status["Name"], name)
+            assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+
+
+def test_i7_no_new_privileges_and_no_core_dumps() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        assert documented()["no-new-privs"] == "yes"
+        assert all(status["NoNewPrivs"] == "1" for status in status_of_threads(node.pid))
+        limits = Path(f"/proc/{node.pid}/limits").read_text()
+        assert re.search(r"Max core file size +0 +0 ", limits)
+        assert re.search(r"Max data size +\d+ +\d+ ", limits)
+
+
+def test_i7_no_internet_socket_no_child_and_only_the_documented_files() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        assert node.limit() == 300
+        held = targets(node.pid)
+        sockets = {match[1] for name in held if (match := re.match(r"socket:\[(\d+)\]", name))}
+        assert sockets
+        assert documented()["internet sockets"] == "none"
+        assert not sockets & internet_inodes(node.pid)
+        files = {name for name in held if name.startswith("/")}
+        state = str(node.state_dir)
+        allowed = {state, f"{state}/lock", "/dev/null"}
+        assert files - allowed <= {name for name in files if "simulated" in name or "log" in name}
+        children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text()
+        assert documented()["processes started"] == "none"
+        assert not children.split()
+
+
+def test_i7_no_other_package_than_documented_is_loaded() -> None:
+    code = (
+        "import sys, enforcer.__main__; sys.stdout.write(' '.join({m.split('.')[0] "
+        "for m in sys.modules} - set(sys.stdlib_module_names)))"
+    )
+    command = [sys.executable, "-S", "-c", code]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    answer = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": paths},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = {name for name in answer.stdout.split() if not name.startswith("_")}
+    assert loaded - {"typing_extensions"} == set(documented()["packages"].split())
+
+
+@pytest.mark.parametrize("supervised", ["false", "true"])
+def test_i7_a_token_in_the_enforcers_own_container_is_refused(
+    supervised: str, tmp_path: Path
+) -> None:
+    """The token's place is fixed, so a mount namespace of its own gets one there."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount")
+    folder = "/var/run/secrets/kubernetes.io/serviceaccount"
+    script = (
+        f"mount -t tmpfs none /var/run && mkdir -p {folder} && echo secret > {folder}/token && "
+        f"exec {sys.executable} -m enforcer"
+    )
+    environment = os.environ | {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "POWER_AGENT_SUPERVISED": supervised,
+        "POWER_AGENT_RUN_DIR": str(tmp_path / "run"),
+        "POWER_AGENT_STATE_DIR": str(tmp_path / "state"),
+        "POWER_AGENT_PROC_ROOT": "/proc/self/root/proc",  # another root: no check of the host's view
+    }
+    command = ["timeout", "-s", "TERM", "2", "unshare", "--mount", "sh", "-c", script]
+    ended = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    if "unshare" in ended.stderr or "mount:" in ended.stderr:
+        pytest.skip(f"no mount namespace here: {ended.stderr.strip()}")
+    if supervised == "true":
+        assert "token_readable" in ended.stdout
+    else:
+        assert ended.returncode == 2
+        assert "automountServiceAccountToken: false" in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
