@@ -476,7 +476,7 @@ def test_i9_killed_at_any_instant_of_a_store_the_original_stands(
 def test_i2_a_durable_store_is_on_disk_before_it_takes_the_old_ones_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written, fsynced, renamed, directory fsynced: no test can pull the plug, so the order counts."""
+    """Written, fsynced, renamed, directory fsynced: the order, as no test can pull the plug."""
     done: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -484,9 +484,9 @@ def test_i2_a_durable_store_is_on_disk_before_it_takes_the_old_ones_place(
         done.append("fsync directory" if Path(f"/proc/self/fd/{fd}").is_dir() else "fsync file")
         fsync(fd)
 
-    def noted_rename(*arguments: str, **more: int) -> None:
+    def noted_rename(old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
         done.append("rename")
-        rename(*arguments, **more)
+        rename(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
     ledger = written(tmp_path, FIRST)
     monkeypatch.setattr(os, "fsync", noted_fsync)
