@@ -1,0 +1,1 @@
+"""What an administrator does, on a real cluster: real kubelet, real containers, simulated GPUs."""
