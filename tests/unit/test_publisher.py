@@ -1,482 +1,469 @@
-"""The publisher, turn by turn with a clock of the test's: what it says, when, and how often."""
+"""What is sent when, and what is said of an enforcer that does not answer: time is handed in."""
 
+from __future__ import annotations
+
+import itertools
 import os
 import select
-from collections.abc import Callable
-from typing import Any
+import threading
+import time
+from collections.abc import Mapping
 
 import msgspec
 import pytest
 
 from shared import messages as m
 from shared.logs import Log
-from watcher import annotations
+from watcher.annotations import read
 from watcher.metadata import Pod
 from watcher.metrics import Counts
 from watcher.publisher import HEARTBEAT_S, SILENT_S, Mailbox, Publisher
 
+NODE = "node-a"
 
-class Notes(Log):
-    """Keeps what is logged."""
+
+class Lines(Log):
+    """A log that can be looked at."""
 
     def __init__(self) -> None:
-        super().__init__("test", "info", "json")
-        self.lines: list[tuple[str, dict[str, Any]]] = []
+        super().__init__("watcher", "info", "json")
+        self.lines: list[tuple[str, dict[str, object]]] = []
 
     def _write(self, level: str, event: str, values: dict[str, object]) -> None:
         if level != "debug":
             self.lines.append((event, values))
 
-    def events(self) -> list[str]:
-        return [event for event, _ in self.lines]
+    def take(self) -> list[str]:
+        events, self.lines = [event for event, _ in self.lines], []
+        return events
 
 
-class FakeClient:
-    """A link that takes note; `wait` only lets the time pass."""
+class Link:
+    """The enforcer as `shared.transport.Client` shows it; records what reaches it."""
 
     def __init__(self) -> None:
-        self.connected, self.connections = True, 1
-        self.takes = True
-        self.tries = 0
-        self.sent: list[m.Request] = []
-        self.nonsense = False
-        self.watched: list[int] = []
-        self.now = 1000.0
-        self.waits: list[float] = []
+        self.connected, self.connections, self.takes = False, 0, True
+        self.sent: list[m.Snapshot] = []
+        self.broken: msgspec.DecodeError | None = None
+
+    def connect(self) -> None:
+        self.connected, self.connections = True, self.connections + 1
 
     def watch(self, fd: int) -> None:
-        self.watched.append(fd)
+        assert fd >= 0
 
     def send(self, request: m.Request) -> bool:
-        self.tries += 1
+        assert isinstance(request, m.Snapshot)
         if self.connected and self.takes:
-            # Through the codec: what the enforcer would refuse must not be sent.
-            self.sent.append(m.decode_request(m.encode(request)))
-            return True
-        return False
+            self.sent.append(request)
+        return self.connected and self.takes
 
     def wait(self, timeout_s: float) -> list[m.Reply]:
-        self.waits.append(timeout_s)
-        if self.nonsense:
-            self.nonsense = False
-            raise msgspec.DecodeError("what?")
-        self.now += timeout_s
+        assert timeout_s >= 0
+        if self.broken is not None:
+            raise self.broken
         return []
 
-    def reconnect(self) -> None:
-        self.connected = True
-        self.connections += 1
+    def take(self) -> list[m.Snapshot]:
+        sent, self.sent = self.sent, []
+        return sent
 
 
-class Bench:
-    """A publisher with everything around it."""
+class Subject:
+    """A publisher, and a clock that only goes on when it is told to."""
 
     def __init__(self) -> None:
-        self.client, self.mailbox = FakeClient(), Mailbox()
-        self.counts, self.log = Counts(), Notes()
+        self.link, self.box, self.log, self.counts = Link(), Mailbox(), Lines(), Counts()
         self.reports: list[m.Report] = []
         self.publisher = Publisher(
-            self.client,
-            self.mailbox,
-            "n1",
-            self.counts,
-            self.log,
-            self.reports.append,
-            lambda: self.client.now,
+            self.link, self.box, NODE, self.counts, self.log, self.reports.append
         )
+        self.now = time.monotonic()
+
+    def step(self, *replies: m.Reply, after_s: float = 0.0) -> list[m.Snapshot]:
+        """Let time go on, then turn once; return what was sent."""
+        self.now += after_s
+        self.publisher.step(self.now, list(replies))
+        return self.link.take()
 
     def offer(self, *pods: Pod, arrived_at: float | None = None) -> None:
-        self.mailbox.offer({pod.uid: pod for pod in pods}, arrived_at)
+        self.box.offer({pod.uid: pod for pod in pods}, arrived_at)
 
-    def turn(self, *replies: m.Reply, after_s: float = 0.0) -> None:
-        """One turn, woken after `after_s`."""
-        self.client.now += after_s
-        self.publisher.step(self.client.now, list(replies))
-
-    def turns_for(self, span_s: float) -> None:
-        """As many turns as the publisher wants in that time."""
-        end = self.client.now + span_s
-        while self.client.now < end:
-            self.publisher.turn()
-
-    def sent(self) -> list[m.Snapshot]:
-        return [request for request in self.client.sent if isinstance(request, m.Snapshot)]
-
-    def answered(self, nvml: m.NvmlState = "ok", session: str | None = None) -> m.Report:
-        """The report on the last snapshot."""
-        last = self.sent()[-1]
+    def report(self, snapshot: m.Snapshot, nvml: m.NvmlState = "ok") -> m.Report:
         return m.Report(
-            session=session or last.session,
-            revision=last.revision,
+            session=snapshot.session,
+            revision=snapshot.revision,
             nvml=nvml,
-            nvml_message="" if nvml == "ok" else "no driver",
+            nvml_message="no library" if nvml != "ok" else "",
             gpus=[],
             pods=[],
             counters=m.Counters(),
         )
 
     def missing(self) -> list[str]:
-        return self.publisher.missing(self.client.now)
+        return self.publisher.missing(self.now)
+
+    def settle(self, *pods: Pod) -> m.Snapshot:
+        """An enforcer that has answered the first snapshot."""
+        self.link.connect()
+        self.offer(*pods)
+        snapshot = self.step()[-1]
+        self.step(self.report(snapshot))
+        self.log.take()
+        return snapshot
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def subject() -> Subject:
+    return Subject()
 
 
-def pod(uid: str, limit: str | None = None) -> Pod:
-    wish = None if limit is None else annotations.read(limit)
-    return Pod(uid, "ns", f"pod-{uid}", "", wish, None)
+def pod(uid: str, watts: str | None = None, **more: str) -> Pod:
+    wish = None if watts is None else read(watts)
+    name = more.get("name", uid)
+    return Pod(uid, "default", name, "2026-01-01T00:00:00Z", wish, None)
 
 
-# ---------------------------------------------------------------------- when
+# ---------------------------------------------------------------------- what is sent when
 
 
-def test_nothing_is_said_before_the_first_list(bench: Bench) -> None:
-    bench.turn()
-    bench.client.reconnect()
-    bench.turns_for(4 * HEARTBEAT_S)
-    assert bench.client.tries == 0
-    assert bench.log.events() == []
-
-
-def test_an_empty_node_is_said(bench: Bench) -> None:
-    bench.offer()
-    bench.turn()
-    (first,) = bench.sent()
-    assert (first.revision, first.node, first.pods, first.others) == (1, "n1", [], [])
-
-
-def test_a_change_is_said_in_the_turn_that_it_woke(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.offer(pod("a", "310"))
-    bench.turn(after_s=0.001)
-    assert [(s.revision, s.pods[0].limit_mw) for s in bench.sent()] == [(1, 300_000), (2, 310_000)]
-
-
-def test_a_burst_is_one_snapshot(bench: Bench) -> None:
-    for watts in range(100, 200):
-        bench.offer(pod("a", str(watts)))
-    bench.turn()
-    assert [(s.revision, s.pods[0].limit_mw) for s in bench.sent()] == [(1, 199_000)]
-
-
-def test_the_heart_beats_every_two_seconds_with_the_same_revision(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turns_for(10 * HEARTBEAT_S)
-    assert len(bench.sent()) == 11
-    assert {s.revision for s in bench.sent()} == {1}
-    assert len({s.session for s in bench.sent()}) == 1
-    assert len(bench.client.waits) == 10  # no wakeup more than that
-
-
-def test_what_asks_for_the_same_is_no_new_revision(bench: Bench) -> None:
-    bench.offer(pod("a", "300"), pod("b"))
-    bench.turn()
-    bench.offer(pod("b"), pod("a", "300"))
-    bench.turn()
-    assert len(bench.sent()) == 1
-
-
-def test_a_heartbeat_counts_from_the_last_message(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.offer(pod("a", "310"))
-    bench.turn(after_s=1.5)
-    bench.turn(after_s=1.5)
-    assert len(bench.sent()) == 2
-    bench.turn(after_s=0.5)
-    assert len(bench.sent()) == 3
-
-
-def test_each_watcher_has_a_session_of_its_own() -> None:
-    sessions = set()
+def test_nothing_is_sent_before_the_first_list(subject: Subject) -> None:
+    subject.link.connect()
     for _ in range(20):
-        bench = Bench()
-        bench.offer()
-        bench.turn()
-        sessions.add(bench.sent()[0].session)
-    assert len(sessions) == 20
+        assert subject.step(after_s=1.0) == []
+    assert subject.log.take() == []  # and the enforcer, which was asked nothing, is not blamed
 
 
-# ---------------------------------------------------------------------- an enforcer that is away
+def test_the_first_snapshot_goes_out_at_once(subject: Subject) -> None:
+    subject.link.connect()
+    subject.step(after_s=1.0)
+    subject.offer(pod("a", "350"), pod("b"))
+    (sent,) = subject.step(after_s=0.001)
+    assert (sent.node, sent.revision) == (NODE, 1)
+    assert [(wanted.uid, wanted.limit_mw) for wanted in sent.pods] == [("a", 350_000)]
+    assert sent.others == ["b"]
 
 
-def test_a_reconnect_is_answered_at_once(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    before = len(bench.sent())
-    bench.client.connected = False
-    bench.turns_for(2 * HEARTBEAT_S)
-    assert len(bench.sent()) == before
-    bench.client.reconnect()
-    bench.turn(after_s=0.01)
-    assert len(bench.sent()) == before + 1
-    assert bench.sent()[-1].revision == 1
+def test_an_empty_node_is_an_empty_snapshot(subject: Subject) -> None:
+    subject.link.connect()
+    subject.offer()
+    sent = subject.step()[-1]
+    assert (sent.pods, sent.others) == ([], [])
 
 
-def test_a_link_that_takes_nothing_yet_is_tried_again_soon_but_not_for_ever(bench: Bench) -> None:
-    bench.client.takes = False
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turns_for(0.02)
-    assert bench.client.tries >= 2
-    bench.turns_for(60)
-    assert bench.client.tries < 50
-    bench.client.takes = True
-    bench.turns_for(HEARTBEAT_S)
-    assert bench.sent()
+def test_a_burst_is_one_snapshot_the_newest(subject: Subject) -> None:
+    subject.settle()
+    for watts in range(1, 100):
+        subject.offer(pod("a", str(watts)))
+    (sent,) = subject.step()
+    assert sent.pods[0].limit_mw == 99_000
+    assert subject.step() == []
 
 
-def test_silence_is_said_once_and_so_is_its_end(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turn(bench.answered())
-    assert bench.missing() == []
-    bench.turns_for(60)
-    assert bench.missing() == ["enforcer: no answer"]
-    link = bench.publisher.link(bench.client.now)
-    assert (link.up, link.current) == (False, False)
-    assert link.snapshot_age_s >= 55
-    bench.turn(bench.answered())
-    assert bench.missing() == []
-    assert bench.publisher.link(bench.client.now).current
-    said = [event for event in bench.log.events() if event.startswith("enforcer")]
-    assert said == ["enforcer_silent", "enforcer_answers"]
+def test_revision_rises_by_one_with_each_that_differs(subject: Subject) -> None:
+    first = subject.settle(pod("a", "1"))
+    revisions = []
+    for watts in ("2", "2", "3", "3", "2"):
+        subject.offer(pod("a", watts))
+        revisions += [sent.revision for sent in subject.step()]
+    assert revisions == [first.revision + 1, first.revision + 2, first.revision + 3]
 
 
-def test_silence_takes_more_than_a_late_answer(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turn(bench.answered())
+def test_the_heart_beats_every_two_seconds_with_the_same_words(subject: Subject) -> None:
+    first = subject.settle(pod("a", "350"))
+    beats = []
+    for _ in range(100):
+        for sent in subject.step(subject.report(first), after_s=0.1):
+            beats.append(subject.now)
+            assert sent == first
+    assert 4 <= len(beats) <= 5
+    assert all(HEARTBEAT_S <= b - a < HEARTBEAT_S + 0.2 for a, b in itertools.pairwise(beats))
+    assert subject.log.take() == []
+
+
+def test_an_outage_of_the_api_changes_nothing(subject: Subject) -> None:
+    """Nothing is offered then; what was offered last goes on being sent."""
+    first = subject.settle(pod("a", "350"))
+    for _ in range(500):
+        assert all(s == first for s in subject.step(subject.report(first), after_s=HEARTBEAT_S))
+    assert subject.missing() == []
+
+
+def test_a_new_connection_gets_all_at_once(subject: Subject) -> None:
+    first = subject.settle(pod("a", "350"))
+    subject.link.connected = False
+    assert subject.step(after_s=0.1) == []
+    subject.link.connect()
+    assert subject.step(after_s=0.1) == [first]
+
+
+def test_what_changes_while_the_enforcer_is_away_is_not_kept_for_it(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.link.connected = False
+    for watts in ("2", "3", "4"):
+        subject.offer(pod("a", watts))
+        assert subject.step(after_s=0.5) == []
+    subject.link.connect()
+    (sent,) = subject.step()
+    assert sent.pods[0].limit_mw == 4000
+
+
+def test_a_connection_that_takes_nothing_is_tried_again_soon_and_more_slowly(
+    subject: Subject,
+) -> None:
+    subject.settle(pod("a", "1"))
+    subject.link.takes = False
+    subject.offer(pod("a", "2"))
+    subject.step()
+    waits = []
+    for _ in range(12):
+        wait_s = subject.publisher._due_at - subject.now
+        waits.append(wait_s)
+        subject.step(after_s=wait_s)
+    assert waits[0] <= 0.01
+    assert waits == sorted(waits)
+    assert waits[-1] <= HEARTBEAT_S
+    subject.link.takes = True
+    assert len(subject.step(after_s=HEARTBEAT_S)) == 1
+
+
+def test_every_start_is_a_session_of_its_own() -> None:
+    assert Subject().settle().session != Subject().settle().session
+
+
+# ---------------------------------------------------------------------- too much to say
+
+
+def test_more_pods_than_fit_are_told_and_nothing_is_sent(subject: Subject) -> None:
+    first = subject.settle(pod("a", "350"))
+    many = [pod(str(k)) for k in range(m.MAX_PODS)]
+    subject.offer(pod("a", "350"), *many)
     for _ in range(20):
-        bench.turn(after_s=HEARTBEAT_S)
-        bench.turn(bench.answered(), after_s=HEARTBEAT_S)
-    assert "enforcer_silent" not in bench.log.events()
-    assert 2 * HEARTBEAT_S < SILENT_S
+        assert subject.step(after_s=1.0) == []
+    assert subject.log.take() == ["snapshot_impossible"]
+    (missing,) = subject.missing()
+    assert f"{m.MAX_PODS + 1} pods" in missing
+    subject.offer(pod("a", "350"))
+    (sent,) = subject.step()
+    assert (sent.pods, sent.revision) == (first.pods, first.revision + 1)
+    assert "snapshot_possible" in subject.log.take()
+    subject.step(subject.report(sent))
+    assert subject.missing() == []
 
 
-def test_a_lost_connection_is_down_at_once(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turn(bench.answered())
-    bench.client.connected = False
-    assert not bench.publisher.link(bench.client.now).up
-    assert bench.missing() == ["enforcer: no answer"]
+def test_more_bytes_than_fit_are_told(subject: Subject) -> None:
+    """libzmq would drop the frame without a word."""
+    subject.settle()
+    name = "n" * 253
+    subject.offer(*[pod(str(k), "界" * 64, name=name) for k in range(m.MAX_PODS)])
+    assert subject.step() == []
+    assert subject.log.take() == ["snapshot_impossible"]
+    assert str(m.MAX_MESSAGE_BYTES) in subject.missing()[0]
 
 
-def test_an_enforcer_that_never_was_there_is_not_up(bench: Bench) -> None:
-    bench.client.connected = False
-    assert not bench.publisher.link(bench.client.now).up
-    assert bench.missing() == ["enforcer: no answer"]
+def test_as_many_pods_as_fit_are_sent(subject: Subject) -> None:
+    subject.settle()
+    subject.offer(*[pod(f"{k:036}", "350", name="n" * 63) for k in range(m.MAX_PODS)])
+    (sent,) = subject.step()
+    assert len(sent.pods) == m.MAX_PODS
+    assert len(m.encode(sent)) <= m.MAX_MESSAGE_BYTES
+    assert m.decode_request(m.encode(sent)) == sent
+
+
+# ---------------------------------------------------------------------- an enforcer that is silent
+
+
+def test_a_silent_enforcer_is_told_once_and_turns_ready_red_then_green(subject: Subject) -> None:
+    first = subject.settle(pod("a", "350"))
+    assert subject.missing() == []
+    begun = subject.now
+    while not subject.missing():
+        subject.step(after_s=0.1)
+        assert subject.now - begun < HEARTBEAT_S + SILENT_S + 1
+    assert subject.missing() == ["enforcer: no answer"]
+    for _ in range(100):
+        subject.step(after_s=1.0)
+    assert subject.log.take() == ["enforcer_silent"]
+    subject.step(subject.report(first), after_s=0.1)
+    assert subject.log.take() == ["enforcer_answers"]
+    assert subject.missing() == []
+
+
+def test_an_enforcer_that_is_not_there_from_the_start_is_told_once(subject: Subject) -> None:
+    subject.offer()
+    for _ in range(30):
+        subject.step(after_s=1.0)
+        assert subject.missing() == ["enforcer: no answer"]
+    assert subject.log.take() == ["wanted", "enforcer_silent"]
+
+
+def test_a_short_restart_of_the_enforcer_is_not_worth_a_word(subject: Subject) -> None:
+    first = subject.settle()
+    subject.link.connected = False
+    subject.step(after_s=1.0)
+    assert subject.missing() == ["enforcer: no answer"]  # but readiness knows at once
+    subject.link.connect()
+    assert subject.step(after_s=1.0) == [first]
+    subject.step(subject.report(first))
+    assert subject.missing() == []
+    assert subject.log.take() == []
+
+
+def test_slow_answers_are_answers(subject: Subject) -> None:
+    first = subject.settle()
+    for _ in range(10):
+        subject.step(after_s=SILENT_S - 0.5)
+        subject.step(subject.report(first))
+    assert subject.log.take() == []
 
 
 # ---------------------------------------------------------------------- what it answers
 
 
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [("stale", "another watcher took over"), ("denied", "refuses"), ("malformed", "refuses")],
-)
-def test_a_refusal_is_said_once_and_ends_with_a_report(
-    bench: Bench, code: m.ErrorCode, words: str
-) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turn(bench.answered())
+@pytest.mark.parametrize("code", ["stale", "denied", "malformed", "too_many"])
+def test_a_refusal_is_told_once_and_turns_ready_red(subject: Subject, code: m.ErrorCode) -> None:
+    first = subject.settle()
     for _ in range(5):
-        bench.turn(m.Error(code=code, message="why"), after_s=HEARTBEAT_S)
-    (missing,) = bench.missing()
-    assert words in missing
-    assert "why" in missing
-    assert not bench.publisher.link(bench.client.now).current
-    bench.turn(bench.answered())
-    assert bench.missing() == []
-    said = [event for event in bench.log.events() if event.startswith("enforcer")]
-    assert said == ["enforcer_refuses", "enforcer_accepts"]
+        subject.step(m.Error(code=code, message="because"), after_s=1.0)
+    assert subject.log.take() == ["enforcer_refuses"]
+    (missing,) = subject.missing()
+    assert "because" in missing
+    assert ("another watcher" in missing) == (code == "stale")
+    assert not subject.publisher.link(subject.now).current
+    subject.step(subject.report(first), after_s=1.0)
+    assert subject.log.take() == ["enforcer_accepts"]
+    assert subject.missing() == []
 
 
-def test_nvml_that_is_not_ok_is_missing(bench: Bench) -> None:
-    bench.offer()
-    bench.turn()
-    bench.turn(bench.answered(nvml="absent"))
-    assert bench.missing() == ["nvml: absent: no driver"]
+def test_an_answer_that_makes_no_sense_is_told_and_survived(subject: Subject) -> None:
+    subject.settle()
+    subject.link.broken = msgspec.DecodeError("bad byte")
+    subject.publisher.turn()
+    subject.publisher.turn()
+    assert subject.log.take() == ["enforcer_refuses"]
+    assert "bad byte" in subject.missing()[0]
 
 
-def test_an_answer_of_nonsense_ends_nothing(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.client.nonsense = True
-    bench.publisher.turn()
-    assert "what?" in bench.missing()[0]
-    bench.turns_for(3 * HEARTBEAT_S)
-    assert len(bench.sent()) >= 3
+def test_a_report_to_another_session_counts_as_no_acceptance(subject: Subject) -> None:
+    first = subject.settle()
+    subject.step(m.Error(code="stale", message="x"))
+    other = msgspec.structs.replace(subject.report(first), session="another")
+    subject.step(other)
+    assert subject.missing() != []
 
 
-def test_a_report_of_another_session_is_not_taken(bench: Bench) -> None:
-    bench.offer()
-    bench.turn()
-    other = bench.answered(session="somebody-else")
-    bench.turn(other)
-    assert bench.reports == []
-    bench.turn(bench.answered())
-    assert len(bench.reports) == 1
+@pytest.mark.parametrize("nvml", ["absent", "failing"])
+def test_missing_nvml_turns_ready_red_and_says_why(subject: Subject, nvml: m.NvmlState) -> None:
+    first = subject.settle()
+    subject.step(subject.report(first, nvml))
+    assert subject.missing() == [f"nvml: {nvml}: no library"]
 
 
-# ---------------------------------------------------------------------- too much
+def test_reports_older_than_a_few_seconds_are_not_shown_as_current(subject: Subject) -> None:
+    subject.settle()
+    assert subject.publisher.link(subject.now + SILENT_S).current
+    assert not subject.publisher.link(subject.now + SILENT_S + 0.1).current
 
 
-def test_more_than_fits_is_said_once_and_nothing_is_sent(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    before = len(bench.sent())
-    crowd = [pod(f"u{number}") for number in range(m.MAX_PODS + 1)]
-    for _ in range(3):
-        bench.offer(*crowd)
-        bench.turn()
-    bench.turns_for(4 * HEARTBEAT_S)
-    assert len(bench.sent()) == before
-    assert f"{m.MAX_PODS + 1} pods" in bench.missing()[0]
-    assert bench.log.events().count("snapshot_impossible") == 1
-    assert "enforcer_silent" not in bench.log.events()  # it was asked nothing
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    assert len(bench.sent()) > before
-    assert bench.sent()[-1].revision == 2
-    bench.turn(bench.answered())
-    assert bench.missing() == []
-
-
-def test_fewer_pods_that_take_more_bytes_than_fit_are_too_much_too(bench: Bench) -> None:
-    wish = annotations.read("x" * m.RAW_CHARS)
-    long = [Pod(f"{n:064}", "n" * 253, f"{n:0253}", "", wish, None) for n in range(500)]
-    bench.offer(*long)
-    bench.turn()
-    assert bench.sent() == []
-    assert "bytes" in bench.missing()[0]
+def test_every_report_is_handed_on(subject: Subject) -> None:
+    first = subject.settle()
+    assert [report.revision for report in subject.reports] == [first.revision]
 
 
 # ---------------------------------------------------------------------- latency
 
 
-def test_latency_is_from_the_event_to_the_report_that_covers_it(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.turn(bench.answered())
-    began = bench.client.now
-    bench.offer(pod("a", "310"), arrived_at=began)
-    bench.turn()
-    early = bench.answered()
-    bench.offer(pod("a", "320"), arrived_at=began + 0.5)
-    bench.turn(after_s=0.5)
-    bench.turn(early, after_s=0.1)  # covers the first only
-    assert _count(bench.counts) == 1
-    bench.turn(bench.answered(), after_s=0.1)
-    bench.turn(bench.answered(), after_s=0.1)  # a heartbeat's covers nothing new
-    assert _count(bench.counts) == 2
-    lines = bench.counts.latency.lines("x")
-    assert 'x_bucket{le="0.5"} 1' in lines  # 0.2 s
-    assert 'x_bucket{le="1.0"} 2' in lines  # 0.6 s
+def observed(subject: Subject) -> tuple[int, float]:
+    lines = subject.counts.latency.lines("x")
+    return int(lines[-1].split()[1]), float(lines[-2].split()[1])
 
 
-def test_a_burst_is_measured_from_its_first_event(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    now = bench.client.now
-    for number in range(3):
-        bench.offer(pod("a", str(310 + number)), arrived_at=now + number)
-    bench.turn(after_s=3)
-    bench.turn(bench.answered())
-    (total,) = [line for line in bench.counts.latency.lines("x") if line.startswith("x_sum")]
-    assert float(total.split()[1]) == pytest.approx(3.0)
+def test_latency_runs_from_the_first_event_of_a_burst_to_the_report(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    subject.offer(pod("a", "3"), arrived_at=subject.now + 0.5)
+    (sent,) = subject.step(after_s=0.5)
+    subject.step(subject.report(sent), after_s=0.5)
+    count, sum_s = observed(subject)
+    assert (count, sum_s) == pytest.approx((1, 1.0))
+    subject.step(subject.report(sent), after_s=2.0)  # a heartbeat's report is no measurement
+    assert observed(subject) == (count, sum_s)
 
 
-def test_lists_and_events_that_ask_nothing_new_are_not_measured(bench: Bench) -> None:
-    bench.offer(pod("a", "300"))
-    bench.turn()
-    bench.offer(pod("a", "300"), arrived_at=bench.client.now)
-    bench.turn()
-    bench.offer(pod("a", "310"))
-    bench.turn()
-    bench.turn(bench.answered())
-    assert _count(bench.counts) == 0
+def test_lists_and_changes_that_ask_nothing_new_are_not_measured(subject: Subject) -> None:
+    first = subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "1"), arrived_at=subject.now)
+    subject.step(subject.report(first), after_s=1.0)
+    assert observed(subject)[0] == 0
 
 
-def _count(counts: Counts) -> int:
-    return int(counts.latency.lines("x")[-1].split()[1])
+def test_a_report_to_an_older_revision_measures_nothing_newer(subject: Subject) -> None:
+    first = subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(subject.report(first), after_s=1.0)
+    assert observed(subject)[0] == 0
+    subject.step(subject.report(sent), after_s=1.0)
+    assert observed(subject) == pytest.approx((1, 2.0))
 
 
-# ---------------------------------------------------------------------- log
+# ---------------------------------------------------------------------- what is logged
 
 
-def test_an_unusable_annotation_is_said_once_per_change_of_its_value(bench: Bench) -> None:
-    for limit in ("350W", "350W", "lots", "lots", "300", "lots"):
-        bench.offer(pod("a", limit), pod("b", "-1"))
-        bench.turn()
-    said = [(v["pod"], v["value"]) for e, v in bench.log.lines if e == "annotation_unusable"]
-    assert said == [
-        ("pod-a", "350W"),
-        ("pod-b", "-1"),
-        ("pod-a", "lots"),
-        ("pod-a", "lots"),
-    ]
+def test_unusable_annotation_is_warned_of_once_per_change(subject: Subject) -> None:
+    subject.settle()
+    for watts in ("350W", "350W", "-1", "350", "-1"):
+        subject.offer(pod("a", watts))
+        subject.step()
+    warned = [values for event, values in subject.log.lines if event == "annotation_unusable"]
+    assert [values["value"] for values in warned] == ["350W", "-1", "-1"]
+    assert all(values["pod"] == "a" and values["problem"] for values in warned)
 
 
-def test_wishes_are_logged_as_they_change_and_other_pods_are_not(bench: Bench) -> None:
-    steps: list[Callable[[], None]] = [
-        lambda: bench.offer(pod("a", "300"), pod("b")),
-        lambda: bench.offer(pod("a", "300"), pod("b"), pod("c")),
-        lambda: bench.offer(pod("b", "48.75")),
-    ]
-    for step in steps:
-        step()
-        bench.turn()
-    wanted = [values for event, values in bench.log.lines if event == "wanted"]
-    assert [(v["watts"], v["gone"]) for v in wanted] == [
-        ({"ns/pod-a": "300"}, []),
-        ({"ns/pod-b": "48.75"}, ["ns/pod-a"]),
-    ]
+def test_pods_that_ask_nothing_come_and_go_without_a_line(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "1"), pod("b"))
+    assert len(subject.step()) == 1
+    assert subject.log.take() == []
 
 
-def test_a_thousand_wrong_pods_are_no_storm(bench: Bench) -> None:
-    bench.offer(*(pod(f"u{number}", "x") for number in range(1000)))
-    bench.turn()
-    assert len(bench.log.lines) < 30
+def test_a_change_is_told_with_watts_and_one_line_names_few_of_many(subject: Subject) -> None:
+    subject.settle(pod("x", "1"))
+    subject.offer(*[pod(f"a{k}", "350.5") for k in range(500)])
+    subject.step()
+    ((event, values),) = subject.log.lines
+    assert event == "wanted"
+    assert isinstance(values["watts"], Mapping)
+    assert len(values["watts"]) == 16
+    assert values["watts"]["default/a0"] == "350.5"
+    assert values["gone"] == ["default/x"]
 
 
-# ---------------------------------------------------------------------- the mailbox
+# ---------------------------------------------------------------------- mailbox
 
 
-def test_the_mailbox_wakes_and_is_silent_when_taken() -> None:
+def test_mailbox_wakes_and_hands_over_the_newest_once() -> None:
     box = Mailbox()
-    assert box.take() == (None, None)
-    assert not _readable(box.wake_fd)
-    box.offer({}, None)
-    assert _readable(box.wake_fd)
-    assert box.take() == ({}, None)
-    assert not _readable(box.wake_fd)
-    assert box.take() == (None, None)
+    poll = select.poll()
+    poll.register(box.wake_fd, select.POLLIN)
+    assert poll.poll(0) == []
+    for watts in range(100_000):  # more than the pipe holds
+        if watts % 1000 == 0:
+            box.offer({"a": pod("a", str(watts))}, float(watts))
+        else:
+            box.ring()
+    assert poll.poll(0) != []
+    pods, arrived_at = box.take()
+    assert pods is not None
+    assert pods["a"].wish == read("99000")
+    assert arrived_at == 0.0
+    while poll.poll(0):
+        assert box.take() == (None, None)
+    for fd in (box.wake_fd, box.ring_fd):
+        os.close(fd)
 
 
-def test_ringing_never_blocks_the_reflector() -> None:
-    box = Mailbox()
-    for _ in range(100_000):  # more than a pipe holds
-        box.ring()
-    while _readable(box.wake_fd):
-        os.read(box.wake_fd, 1 << 20)
-
-
-def test_the_first_arrival_of_what_waits_counts() -> None:
-    box = Mailbox()
-    box.offer({}, None)
-    box.offer({}, 1.0)
-    box.offer({}, 2.0)
-    assert box.take()[1] == 1.0
-    box.offer({}, 3.0)
-    assert box.take()[1] == 3.0
-
-
-def _readable(fd: int) -> bool:
-    return bool(select.select([fd], [], [], 0)[0])
+def test_run_ends_when_told(subject: Subject) -> None:
+    stop = threading.Event()
+    stop.set()
+    subject.publisher.run(stop)
