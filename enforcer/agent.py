@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from enforcer.desk import Desk
-from enforcer.gpus import Card, Fault, Gpus, backoff_s
+from enforcer.gpus import WRITE_GAP_S, Card, Fault, Gpus, backoff_s
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.nvml import NvmlError
 from enforcer.policy import Decision, Desired, Owned, Rules, plan
@@ -47,23 +47,26 @@ class Agent:
         )
         self._gpus = Gpus(self._me, ledger.entries, reader, log, server)
         self._cards = self._gpus.cards
-        self._looked_s = self._scan_s = self._waiting_since_s = 0.0
+        self._looked_s = self._scan_s = self._waiting_since_s = self._due_s = 0.0
         self._asked_s = time.monotonic()
         self._waiting: frozenset[str] = frozenset()
 
     def turn(self) -> None:
         """Wait for a request or the next deadline, then observe, decide, act and answer."""
-        self._desk.take(self._server.receive(self._wake_s() - time.monotonic()))
+        incoming = self._server.receive(self._wake_s() - time.monotonic())
         now = time.monotonic()
+        if not self._desk.due:
+            self._due_s = now
+        self._desk.take(incoming)
         if self._desk.changed and now < self._looked_s + _TURN_S:
             return  # whoever asked is answered after the next look
         if any(isinstance(request, m.Status) for _, request in self._desk.due):
             self._asked_s = self._scan_s = now
         if self._desk.changed or now >= self._wake_s():
             self._look(now)
-        late = [c for c in self._cards.values() if c.decision.action and not c.fault]
-        if self._desk.due and not late:  # a write that waits for its gap is answered afterwards
-            self._answer(now)
+        late = any(c.decision.action and not c.fault for c in self._cards.values())
+        if self._desk.due and (not late or now > self._due_s + 2 * WRITE_GAP_S):
+            self._answer(now)  # a write that waits for its gap comes first
 
     def _wake_s(self) -> float:
         if self._desk.changed:

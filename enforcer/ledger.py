@@ -27,6 +27,10 @@ class LedgerError(Exception):
     """The ledger cannot be used; the text names the path and the reason."""
 
 
+class _Format(msgspec.Struct, frozen=True):
+    version: int
+
+
 class _Book(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, msgspec.Meta(ge=_VERSION, le=_VERSION)]
     boot_id: str
@@ -63,7 +67,7 @@ class Ledger:
         os.close(self._dir)
 
     def load(self) -> list[str]:
-        """Read the entries of this boot; return what a person should know about it.
+        """Read the entries of this boot; return what a person should know; raises LedgerError.
 
         A damaged file is moved aside, never used and never deleted; the generation before it is
         adopted if that one reads.
@@ -90,7 +94,14 @@ class Ledger:
 
     def _read(self, name: str) -> _Book:
         with os.fdopen(os.open(name, os.O_RDONLY | _FLAGS, dir_fd=self._dir), "rb") as file:
-            return msgspec.json.decode(file.read(_MAX_BYTES), type=_Book)
+            text = file.read(_MAX_BYTES)
+        version = msgspec.json.decode(text, type=_Format).version
+        if version > _VERSION:  # it knows originals that must not be lost to a downgrade
+            raise LedgerError(
+                f"{self.path.with_name(name)} has format {version}, written by a newer Power "
+                "Agent: start that one, or stop it with POWER_AGENT_ON_EXIT=restore first"
+            )
+        return msgspec.json.decode(text, type=_Book)
 
     def store(self, entries: Mapping[str, Owned], *, durable: bool) -> None:
         """Replace the file by `entries`; raises LedgerError and leaves all as it was.

@@ -131,7 +131,6 @@ DAMAGE = {
     "empty": b"",
     "not-an-object": b"[]",
     "null": b"null",
-    "newer-format": json.dumps({"version": 2, "boot_id": BOOT, "gpus": {}}).encode(),
     "no-version": json.dumps({"boot_id": BOOT, "gpus": {}}).encode(),
     "unknown-field": json.dumps({"version": 1, "boot_id": BOOT, "gpus": {}, "x": 1}).encode(),
     "deeply-nested": b"[" * 100_000,
@@ -139,6 +138,16 @@ DAMAGE = {
     "larger-than-any-ledger": b" " * (5 << 20)
     + json.dumps({"version": 1, "boot_id": BOOT, "gpus": {}}).encode(),
 }
+
+
+def test_a_newer_format_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    """A downgrade must not lose the originals that the newer one knows."""
+    text = json.dumps({"version": 2, "boot_id": BOOT, "gpus": {}, "new": 1}).encode()
+    ledger = written(tmp_path, FIRST)
+    ledger.path.write_bytes(text)
+    with pytest.raises(LedgerError, match=r"format 2.*newer Power Agent"):
+        reopened(tmp_path)
+    assert ledger.path.read_bytes() == text
 
 
 def with_entry(**changes: object) -> bytes:
