@@ -133,12 +133,11 @@ class WatcherNode:
         if self.enforcer is not None:
             self.enforcer.stop()
 
-    def start(self) -> Self:
-        """Start the watcher."""
+    def start(self, *wrapper: str) -> Self:
+        """Start the watcher; `wrapper` is a command that executes the one it is given."""
+        command = [*wrapper, sys.executable, "-m", "watcher"]
         with self._out.open("ab") as out, self._err.open("ab") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "watcher"], env=self.environment, stdout=out, stderr=err
-            )
+            self.process = subprocess.Popen(command, env=self.environment, stdout=out, stderr=err)
         return self
 
     def started(self) -> Self:
