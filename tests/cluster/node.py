@@ -159,6 +159,8 @@ class Node:
         wrapper.chmod(0o755)
         (folder / "static-pods").mkdir()
         self.box.binds[STATIC_PODS] = str(folder / "static-pods")
+        (folder / "simulated-gpus").mkdir()
+        self.box.binds["/var/lib/simulated-gpus"] = str(folder / "simulated-gpus")
         (folder / "kubelet.json").write_text(json.dumps(self._kubelet_config()))
         self.box.addresses = {
             "lo": [f"{SERVICE_ADDRESS}/32"],
