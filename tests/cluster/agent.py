@@ -20,13 +20,11 @@ MANIFEST = ROOT / "deploy/power_agent/daemonset.yaml"
 NAMESPACE, NAME = "dynamo-system", "power-agent"
 ANNOTATION = "dynamo.nvidia.com/gpu-power-limit"
 LEDGER = "/var/lib/power-agent/ledger.json"
-# Looks more often than the default, so that a test need not wait.
-FAST = {"POWER_AGENT_RECONCILE_SECONDS": "1"}
 
 
 def simulated_nvml(container: str = "enforcer", env: Mapping[str, str] | None = None) -> Object:
     """The patch that gives one container the simulated library, as NVIDIA's runtime would."""
-    variables = FAST | {"LD_LIBRARY_PATH": "/simulated/lib", "SIM_NVML_DIR": "/simulated/state"}
+    variables = {"LD_LIBRARY_PATH": "/simulated/lib", "SIM_NVML_DIR": "/simulated/state"}
     variables |= dict(env or {})
     spec = {
         "containers": [

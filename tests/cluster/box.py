@@ -85,14 +85,12 @@ class Box:
         self.binds: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        with contextlib.ExitStack() as undo:
-            guardian = Guardian()
-            undo.callback(guardian.close)
-            self.folder = Path(tempfile.mkdtemp(prefix="power-agent-box-"))
-            self.folder.chmod(0o755)
-            guardian.path(self.folder)
-            self._guardian, self._spawner = guardian, Spawner(undo)
-            self._undo = undo.pop_all()
+        guardian = Guardian()
+        self._undo.callback(guardian.close)
+        self.folder = Path(tempfile.mkdtemp(prefix="power-agent-box-"))
+        self.folder.chmod(0o755)
+        guardian.path(self.folder)
+        self._guardian, self._spawner = guardian, Spawner(self._undo)
         return self
 
     def __exit__(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+import subprocess
 from pathlib import Path
 
+from tests.cluster import simulator
 from tests.cluster.box import Box
 from tests.cluster.certificates import ClusterCertificates
 from tests.cluster.waiting import wait_for
@@ -97,6 +98,16 @@ class Node:
     # ------------------------------------------------------------------ use
 
     @property
+    def simulated_gpus(self) -> Path:
+        """The folder of this machine that the simulator sees as the node's."""
+        return self.box.folder / "simulated-gpus"
+
+    @property
+    def static_pods(self) -> Path:
+        """Manifests that lie here are started by the kubelet itself."""
+        return self.box.folder / "static-pods"
+
+    @property
     def kubeconfig(self) -> Path:
         return self._certificates.kubeconfig("admin")
 
@@ -106,13 +117,17 @@ class Node:
 
     def import_image(self, archive: Path) -> None:
         """Load an image (docker archive or OCI layout, as a tar file) into containerd."""
-        self.box.run("ctr", "--address", CONTAINERD, "-n=k8s.io", "images", "import", archive)
+        self._ctr("import", archive)
+
+    def tag_image(self, image: str, also: str) -> None:
+        """A release under another name."""
+        self._ctr("tag", image, also)
+
+    def _ctr(self, *arguments: str | Path) -> None:
+        self.box.run("ctr", f"--address={CONTAINERD}", "-n=k8s.io", "images", *arguments)
 
     def wait_until_ready(self) -> None:
-        began = time.monotonic()
-
         def ready() -> bool:
-            self.box.run("true")
             status = self._kubectl(
                 "get", "node", NODE, "-o=jsonpath={.status.conditions[?(@.type=='Ready')].status}"
             )
@@ -120,11 +135,7 @@ class Node:
             return status == "True" and account != ""
 
         wait_for(ready, READY_TIMEOUT_S, "the node", on_timeout=self.box.log_tails)
-        self.ready_after_s = time.monotonic() - began
-
     def _kubectl(self, *arguments: str) -> str:
-        import subprocess
-
         done = subprocess.run(
             self.kubectl_command(f"--kubeconfig={self.kubeconfig}", *arguments),
             capture_output=True,
@@ -157,10 +168,10 @@ class Node:
         wrapper = folder / "runc-private-cgroups"
         shutil.copy(Path(__file__).with_name("runc_private_cgroups.py"), wrapper)
         wrapper.chmod(0o755)
-        (folder / "static-pods").mkdir()
-        self.box.binds[STATIC_PODS] = str(folder / "static-pods")
-        (folder / "simulated-gpus").mkdir()
-        self.box.binds["/var/lib/simulated-gpus"] = str(folder / "simulated-gpus")
+        self.static_pods.mkdir()
+        self.box.binds[STATIC_PODS] = str(self.static_pods)
+        self.simulated_gpus.mkdir()
+        self.box.binds[simulator.PLACE] = str(self.simulated_gpus)
         (folder / "kubelet.json").write_text(json.dumps(self._kubelet_config()))
         self.box.addresses = {
             "lo": [f"{SERVICE_ADDRESS}/32"],

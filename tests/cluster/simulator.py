@@ -122,6 +122,19 @@ class Gpus:
         place = f"{simulator_pod.NODE}/state/gpu{index}"
         self._shell(f"echo {value} >{place}/.other && mv {place}/.other {place}/limit_mw")
 
+    def kill(self, pod_uid: str) -> None:
+        """SIGKILL, as the kernel gives it, to every process of a pod that uses a GPU."""
+        code = (
+            "import os, pathlib\n"
+            "for p in pathlib.Path('/proc').glob('[0-9]*'):\n"
+            "    try:\n"
+            f"        if b'SIM_GPUS=' in (p / 'environ').read_bytes() and "
+            f"b'pod{pod_uid}' in (p / 'cgroup').read_bytes():\n"
+            "            os.kill(int(p.name), 9)\n"
+            "    except OSError: pass\n"
+        )
+        self.cluster.kubectl("exec", "-n", NAMESPACE, POD, "--", "python3", "-c", code)
+
     def sets(self, index: int) -> list[SetRecord]:
         """Every write to this GPU since the beginning, in order: nothing is missed between looks."""
         own = self.uuid(index)
@@ -148,3 +161,10 @@ def install(cluster: Cluster, image: str, *, count: int = 4, local: Path | None 
     cluster.kubectl("wait", "-n", NAMESPACE, f"pod/{POD}", "--for=condition=Ready",
                     "--timeout=60s")  # fmt: skip
     return Gpus(cluster, count, local)
+
+
+def uninstall(cluster: Cluster) -> None:
+    """Away from the cluster, and from its node."""
+    place = str(simulator_pod.NODE)
+    cluster.run("exec", "-n", NAMESPACE, POD, "--", "sh", "-c", f"rm -rf {place}/lib {place}/state")
+    cluster.run("delete", "namespace", NAMESPACE)
