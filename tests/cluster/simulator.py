@@ -26,6 +26,26 @@ _MODULES = {
     "tests/simnode/gpus.py": Path(sim_gpus.__file__),
     "tests/simnode/nvml/__init__.py": Path(sim_gpus.__file__).parent / "nvml/__init__.py",
 }
+# Run in the driver's pod; `@` stands for the zero byte, which no argument can hold.
+_FIND_PROCESSES = """
+import pathlib, sys
+wanted = [(f, t.replace("@", chr(0)).encode()) for f, t in zip(sys.argv[1::2], sys.argv[2::2])]
+for entry in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+        if all(text in (entry / file).read_bytes() for file, text in wanted):
+            print(entry.name)
+    except OSError:
+        pass
+"""
+_GET = """
+import sys, urllib.error, urllib.request
+try:
+    answer = urllib.request.urlopen(sys.argv[1], timeout=5)
+except urllib.error.HTTPError as error:
+    answer = error
+print(answer.status)
+print(answer.read().decode())
+"""
 
 
 def objects(image: str, count: int) -> list[Object]:
@@ -97,13 +117,14 @@ class Gpus:
     count: int
     local: Path | None = None
 
-    def _shell(self, command: str) -> str:
+    def shell(self, command: str) -> str:
+        """On the node, as root, with its processes in sight."""
         return self.cluster.kubectl("exec", "-n", NAMESPACE, POD, "--", "sh", "-c", command)
 
     def _read(self, file: str) -> str:
         if self.local is not None:
             return (self.local / "state" / file).read_text()
-        return self._shell(f"cat {shlex.quote(f'{simulator_pod.NODE}/state/{file}')}")
+        return self.shell(f"cat {shlex.quote(f'{simulator_pod.NODE}/state/{file}')}")
 
     def limit_mw(self, index: int) -> int:
         return int(self._read(f"gpu{index}/limit_mw"))
@@ -120,20 +141,39 @@ class Gpus:
     def change_mw(self, index: int, value: int) -> None:
         """As another program of the host would, behind the agent's back."""
         place = f"{simulator_pod.NODE}/state/gpu{index}"
-        self._shell(f"echo {value} >{place}/.other && mv {place}/.other {place}/limit_mw")
+        self.shell(f"echo {value} >{place}/.other && mv {place}/.other {place}/limit_mw")
 
     def kill(self, pod_uid: str) -> None:
-        """SIGKILL, as the kernel gives it, to every process of a pod that uses a GPU."""
-        code = (
-            "import os, pathlib\n"
-            "for p in pathlib.Path('/proc').glob('[0-9]*'):\n"
-            "    try:\n"
-            f"        if b'SIM_GPUS=' in (p / 'environ').read_bytes() and "
-            f"b'pod{pod_uid}' in (p / 'cgroup').read_bytes():\n"
-            "            os.kill(int(p.name), 9)\n"
-            "    except OSError: pass\n"
+        """SIGKILL to every process of a pod that uses a GPU."""
+        for pid in self._processes("cgroup", f"pod{pod_uid}", "environ", "SIM_GPUS="):
+            self.shell(f"kill -9 {pid}")
+
+    def programs(self, name: str) -> list[int]:
+        """Pids of the running enforcers or watchers, as the node numbers them."""
+        return self._processes("cmdline", f"-m\0{name}\0")
+
+    def signal_program(self, name: str, signal: str) -> None:
+        (pid,) = self.programs(name)
+        self.shell(f"kill -{signal} {pid}")
+
+    def kill_program(self, name: str) -> None:
+        self.signal_program(name, "KILL")
+
+    def _processes(self, *conditions: str) -> list[int]:
+        """Those whose files in /proc contain the given text: file, text, file, text ..."""
+        printed = self.cluster.kubectl(
+            "exec", "-n", NAMESPACE, POD, "--", "python3", "-c", _FIND_PROCESSES,
+            *(text.replace("\0", "@") for text in conditions),
+        )  # fmt: skip
+        return [int(pid) for pid in printed.split()]
+
+    def http(self, url: str) -> tuple[int, str]:
+        """What an HTTP server inside the cluster answers."""
+        printed = self.cluster.kubectl(
+            "exec", "-n", NAMESPACE, POD, "--", "python3", "-c", _GET, url
         )
-        self.cluster.kubectl("exec", "-n", NAMESPACE, POD, "--", "python3", "-c", code)
+        status, _, text = printed.partition("\n")
+        return int(status), text
 
     def sets(self, index: int) -> list[SetRecord]:
         """Every write to this GPU since the beginning, in order: nothing is missed between looks."""
