@@ -1,5 +1,6 @@
 """The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> int:
     server.watch(stop.fileno())
     agent = Agent(config, log, server, procfs.ProcessReader(config.proc_root, roots), ledger)
     log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
+    gc.freeze()  # what is here stays: collections in the loop need not walk it
     while not stop.requested:
         agent.turn()
     agent.stop()

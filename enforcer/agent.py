@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from enforcer.desk import Desk
@@ -78,23 +78,36 @@ class Agent:
         desired = self._desk.desired()
         self._desk.changed, self._looked_s = False, now
         needed = bool(desired.pods or self._ledger.entries) or now < self._asked_s + _IDLE_S
+        scan = now >= self._scan_s or not self._gpus.nvml.is_open or bool(self._homeless(desired))
         if (needed or self._gpus.incomplete) and self._gpus.opened(now):
             if now >= self._gpus.read_s + self._config.reconcile_s:
                 self._gpus.read(now)
-            self._decide_and_act(desired)
+            self._decide_and_act(desired, None if scan else self._touched(desired))
         if not needed:
             self._gpus.close()
-        found = {process.owner for card in self._cards.values() for process in card.gpu.processes}
-        waiting = frozenset(desired.pods.keys() - found)
-        if waiting != self._waiting:
-            self._waiting, self._waiting_since_s = waiting, now
-        soon = waiting and now < self._waiting_since_s + _WAITING_FOR_S
-        self._scan_s = now + min(self._config.scan_s, _WAITING_SCAN_S if soon else float("inf"))
+        if scan:
+            waiting = self._homeless(desired)
+            if waiting != self._waiting:
+                self._waiting, self._waiting_since_s = waiting, now
+            soon = waiting and now < self._waiting_since_s + _WAITING_FOR_S
+            self._scan_s = now + min(self._config.scan_s, _WAITING_SCAN_S if soon else 1e9)
 
-    def _decide_and_act(self, desired: Desired) -> None:
+    def _homeless(self, desired: Desired) -> frozenset[str]:
+        """Return the annotated pods that were not seen on any GPU."""
+        seen = [one.owner for card in self._cards.values() for one in card.occupants or ()]
+        found = {desired.uid_of(owner) for owner in seen if isinstance(owner, str)}
+        return frozenset(desired.pods.keys() - found)
+
+    def _touched(self, desired: Desired) -> set[str]:
+        """Return the GPUs that a new snapshot bears on: only they are looked at again for it."""
+        seen = self._gpus.observe(desired, ())
+        decisions = plan(desired, seen, self._ledger.entries, self._rules)
+        return {uuid for uuid, decision in decisions.items() if decision.action}
+
+    def _decide_and_act(self, desired: Desired, among: Container[str] | None) -> None:
         """Decide on every GPU; write the ledger, then the limits that may be written now."""
         entries, ready = dict(self._ledger.entries), []
-        seen = self._gpus.observe(desired)
+        seen = self._gpus.observe(desired, among)
         for uuid, decision in plan(desired, seen, entries, self._rules).items():
             card = self._cards[uuid]
             if decision.state != card.decision.state:
@@ -236,5 +249,5 @@ class Agent:
         if self._config.on_exit == "restore" and self._ledger.entries:
             self._gpus.retry_now()
             if self._gpus.opened(time.monotonic()):
-                self._decide_and_act(Desired("stopping"))
+                self._decide_and_act(Desired("stopping"), ())
         self._gpus.close()

@@ -1,7 +1,7 @@
 """The GPUs as they are: finds them, reads them, and sees who runs on them. Decides nothing."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class Card:
 
     gpu: m.Gpu
     handle: Handle | None = None
+    occupants: frozenset[Occupant] | None = None  # None: its process list cannot be read
     decision: Decision = _UNDECIDED
     fault: Fault | None = None
     retry_s: float = 0.0
@@ -177,15 +178,16 @@ class Gpus:
                 if error.stale:
                     self.lose(card, str(error))
 
-    def observe(self, desired: Desired) -> list[SeenGpu]:
-        """Return every GPU that answers, and who runs on it."""
+    def observe(self, desired: Desired, among: Container[str] | None) -> list[SeenGpu]:
+        """Return every GPU that answers and who runs on it; `among` (None: all) is looked at."""
         seen = []
         for uuid, card in self.cards.items():
-            occupants = self._occupants(card, desired) if card.handle is not None else None
+            if card.handle is not None and (among is None or uuid in among):
+                card.occupants = self._occupants(card, desired)
             if card.handle is not None:  # still
                 g = card.gpu
                 low, default, high = g.min_mw or 0, g.default_mw or 0, g.max_mw or 0
-                seen.append(SeenGpu(uuid, occupants, g.limit_mw, default, low, high))
+                seen.append(SeenGpu(uuid, card.occupants, g.limit_mw, default, low, high))
         return seen
 
     def _occupants(self, card: Card, desired: Desired) -> frozenset[Occupant] | None:
