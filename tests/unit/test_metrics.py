@@ -268,9 +268,51 @@ def test_two_pods_of_one_name_do_not_break_the_page() -> None:
     assert found["power_agent_pod_requested_limit_watts"].one(namespace="default", pod="trainer")
 
 
-def test_a_gpu_that_is_lost_has_a_label_all_the_same() -> None:
-    found = page([gpu(index=None)], [pod(gpus=["GPU-None", "GPU-unheard-of"])])  # type: ignore[arg-type]
-    assert found["power_agent_gpu_managed"].one(gpu="", UUID="GPU-None") == 1
+def test_a_gpu_that_is_lost_or_only_named_by_a_pod_has_labels_all_the_same() -> None:
+    found = page([gpu(index=None, uuid="GPU-lost")], [pod(gpus=["GPU-lost", "GPU-unheard-of"])])
+    assert found["power_agent_gpu_managed"].one(gpu="", UUID="GPU-lost") == 1
+    effective = found["power_agent_pod_effective_limit_watts"]
+    for uuid in ("GPU-lost", "GPU-unheard-of"):
+        assert effective.one(namespace="default", pod="trainer", gpu="", UUID=uuid) == 350.5
+
+
+def test_a_pod_has_one_state_and_its_limit_on_each_of_its_gpus() -> None:
+    found = page(
+        [gpu(0), gpu(1)],
+        [
+            pod(effective_mw=300_000, state="clamped", gpus=["GPU-0", "GPU-1"]),
+            pod("waits", effective_mw=None, gpus=[], state="waiting"),
+            pod("wrong", requested_mw=None, effective_mw=None, gpus=[], state="invalid"),
+        ],
+    )
+    states = [dict(labels) for _, labels in found["power_agent_pod_state"].samples]
+    assert [(of["pod"], of["state"]) for of in states] == [
+        ("trainer", "clamped"),
+        ("waits", "waiting"),
+        ("wrong", "invalid"),
+    ]
+    effective = found["power_agent_pod_effective_limit_watts"].samples
+    assert [dict(labels)["gpu"] for _, labels in effective] == ["0", "1"]
+    assert set(effective.values()) == {300.0}
+    assert len(found["power_agent_pod_requested_limit_watts"].samples) == 2
+
+
+def test_refused_messages_are_counted_by_reason() -> None:
+    denied = page([], [])["power_agent_denied_messages_total"]
+    found = {dict(labels)["reason"]: value for (_, labels), value in denied.samples.items()}
+    assert found == {"denied": 4, "malformed": 5, "stale": 6}
+
+
+def test_what_the_watcher_counts_is_shown() -> None:
+    counts = Counts()
+    counts.watch_events["MODIFIED"] += 3
+    counts.watch_restarts["expired"] += 1
+    counts.list_requests += 2
+    found = parse(metrics.page(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    assert found["power_agent_watch_events_total"].one(type="MODIFIED") == 3
+    assert found["power_agent_watch_restarts_total"].one(reason="expired") == 1
+    assert found["power_agent_list_requests_total"].one() == 2
+    assert found["power_agent_enforcer_up"].one() == 1
 
 
 @given(st.text(), st.text())

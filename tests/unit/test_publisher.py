@@ -181,6 +181,14 @@ def test_the_heart_beats_every_two_seconds_with_the_same_words(subject: Subject)
     assert subject.log.take() == []
 
 
+def test_a_heartbeat_counts_from_the_last_message(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"))
+    assert len(subject.step(after_s=HEARTBEAT_S * 0.75)) == 1
+    assert subject.step(after_s=HEARTBEAT_S * 0.75) == []
+    assert len(subject.step(after_s=HEARTBEAT_S * 0.25)) == 1
+
+
 def test_an_outage_of_the_api_changes_nothing(subject: Subject) -> None:
     """Nothing is offered then; what was offered last goes on being sent."""
     first = subject.settle(pod("a", "350"))
@@ -439,6 +447,13 @@ def test_a_change_is_told_with_watts_and_one_line_names_few_of_many(subject: Sub
     assert values["gone"] == ["default/x"]
 
 
+def test_a_thousand_wrong_pods_are_no_storm(subject: Subject) -> None:
+    subject.settle()
+    subject.offer(*[pod(f"u{number}", "x") for number in range(1000)])
+    subject.step()
+    assert len(subject.log.lines) < 30
+
+
 # ---------------------------------------------------------------------- mailbox
 
 
@@ -459,6 +474,18 @@ def test_mailbox_wakes_and_hands_over_the_newest_once() -> None:
     assert arrived_at == 0.0
     while poll.poll(0):
         assert box.take() == (None, None)
+    for fd in (box.wake_fd, box.ring_fd):
+        os.close(fd)
+
+
+def test_the_first_arrival_of_what_waits_counts_and_a_list_has_none() -> None:
+    box = Mailbox()
+    box.offer({}, None)
+    box.offer({}, 1.0)
+    box.offer({}, 2.0)
+    assert box.take() == ({}, 1.0)
+    box.offer({}, 3.0)
+    assert box.take() == ({}, 3.0)
     for fd in (box.wake_fd, box.ring_fd):
         os.close(fd)
 
