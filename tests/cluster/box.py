@@ -162,10 +162,9 @@ class Box:
         """Where this machine sees a file of the box."""
         return Path(f"/proc/{self.init_pid}/root{inside}")
 
-    def log_tails(self, lines: int = 25) -> str:
+    def log_tails(self, lines: int = 8) -> str:
         tails = []
         for log in sorted(self.folder.glob("*.log")):
             text = log.read_text(errors="replace").splitlines()[-lines:]
             tails.append("\n".join([f"--- end of {log.name}", *text]))
         return "\n".join(tails)
-

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -73,7 +74,7 @@ def _given(undo: contextlib.ExitStack) -> Place:
     kubectl = shutil.which("kubectl") or (binaries and str(binaries / "kubectl"))
     if not kubectl:
         raise parts.LackingError("KUBECONFIG is set, but there is no kubectl")
-    cluster = Cluster(lambda *arguments: [kubectl, *arguments], _KUBECONFIG)
+    cluster = Cluster(lambda *arguments: [kubectl, *arguments], Path(_KUBECONFIG))
     image = os.environ.get(IMAGE_VARIABLE, images.IMAGE)
     if not cluster.items("nodes", "-l", f"{GPU_LABEL}=true"):
         node = cluster.items("nodes")[0]["metadata"]["name"]

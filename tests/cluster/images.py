@@ -32,6 +32,7 @@ _BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates")
 # Documentation and package lists that no program reads.
 _BASE_SURPLUS = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt",
                  "var/lib/apt/lists", "var/log")  # fmt: skip
+_INDEX_OPTIONS = (*("index-url", "extra-index-url", "trusted-host", "cert", "find-links", "proxy"),)
 _LIMITS = ("--ulimit=nofile=20000:20000", "--ulimit=nproc=32768:32768")
 
 
@@ -53,8 +54,7 @@ class Builder:
             command,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
@@ -151,7 +151,7 @@ def _package_index(scratch: Path) -> Iterator[list[str]]:
     for line in listed.stdout.splitlines():
         key, _, value = line.partition("=")
         option = key.rpartition(".")[2]
-        if option in ("index-url", "extra-index-url", "trusted-host", "cert", "find-links", "proxy"):
+        if option in _INDEX_OPTIONS:
             found[option] = value.strip("'\"")
     options = []
     for option in ("cert", "find-links"):

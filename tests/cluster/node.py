@@ -135,6 +135,7 @@ class Node:
             return status == "True" and account != ""
 
         wait_for(ready, READY_TIMEOUT_S, "the node", on_timeout=self.box.log_tails)
+
     def _kubectl(self, *arguments: str) -> str:
         done = subprocess.run(
             self.kubectl_command(f"--kubeconfig={self.kubeconfig}", *arguments),

@@ -176,14 +176,15 @@ class Gpus:
         return int(status), text
 
     def sets(self, index: int) -> list[SetRecord]:
-        """Every write to this GPU since the beginning, in order: nothing is missed between looks."""
+        """Every write to this GPU since the beginning: nothing is missed between two looks."""
         own = self.uuid(index)
         found = []
         for line in self._read("sets.log").splitlines():
-            wall, monotonic, pid, uuid, requested, result = line.split()
+            wall, monotonic, pid, uuid, *numbers = line.split()
             if uuid == own:
+                requested, result = map(int, numbers)
                 found.append(
-                    SetRecord(int(wall), int(monotonic), int(pid), uuid, int(requested), int(result))
+                    SetRecord(int(wall), int(monotonic), int(pid), uuid, requested, result)
                 )
         return found
 

@@ -28,7 +28,7 @@ def test_the_manifest_is_ready_within_seconds_and_both_containers_are_ready(agen
 def test_a_second_apply_of_the_same_manifest_changes_nothing(agent: Agent) -> None:
     before = agent.pod()["metadata"]["uid"]
     said = agent.cluster.kubectl("apply", "-f", "-", stdin=agent.kustomize())
-    assert set(line.split()[-1] for line in said.splitlines()) == {"unchanged"}
+    assert {line.split()[-1] for line in said.splitlines()} == {"unchanged"}
     assert agent.pod()["metadata"]["uid"] == before
 
 
@@ -82,11 +82,9 @@ def test_the_readiness_page_says_ok_and_metrics_show_the_pod(
     assert gpus.http(f"http://{address}:9100/readyz")[0] == 200
 
     def shown() -> bool:
-        text = gpus.http(f"http://{address}:9100/metrics")[1]
+        lines = gpus.http(f"http://{address}:9100/metrics")[1].splitlines()
         wanted = 'power_agent_pod_effective_limit_watts{namespace="default",pod="measured"'
-        return any(line.startswith(wanted) and line.endswith(" 300.0") or
-                   line.startswith(wanted) and line.endswith(" 300")
-                   for line in text.splitlines())  # fmt: skip
+        return [float(line.split()[-1]) for line in lines if line.startswith(wanted)] == [300.0]
 
     wait_for(shown, 10, "the metric")
 

@@ -79,7 +79,7 @@ def test_a_rolling_update_with_restore_gives_back_and_limits_again_once(
 
 
 def test_a_pod_that_goes_during_the_update_is_given_back_by_the_new_agent(
-    place: Place, cluster: Cluster, gpus: Gpus, agent_on_exit: MakeAgent, make_worker: MakeWorker
+    cluster: Cluster, gpus: Gpus, agent_on_exit: MakeAgent, make_worker: MakeWorker
 ) -> None:
     agent = agent_on_exit("hold")
     make_worker("leaving", 0, watts="300")

@@ -86,8 +86,9 @@ def test_a_request_out_of_bounds_is_clamped_and_nonsense_changes_nothing(
     assert gpus.limit_mw(0) == 200_000
 
 
+@pytest.mark.usefixtures("agent")
 def test_a_worker_that_crashes_keeps_its_limit_while_its_container_restarts(
-    agent: Agent, cluster: Cluster, gpus: Gpus, make_worker: MakeWorker
+    cluster: Cluster, gpus: Gpus, make_worker: MakeWorker
 ) -> None:
     make_worker("crashing", 0, watts="300", command=["/bin/sleep", "100000"])
     gpus.wait_limit(0, 300_000)
@@ -97,15 +98,16 @@ def test_a_worker_that_crashes_keeps_its_limit_while_its_container_restarts(
 
     def restarted() -> bool:
         status = cluster.get("pod", "crashing")["status"]["containerStatuses"][0]
-        return status["restartCount"] == 1 and status["ready"]
+        return (status["restartCount"], status["ready"]) == (1, True)
 
     wait_for(restarted, 30, "the container started again")
     assert gpus.limit_mw(0) == 300_000
     assert len(gpus.sets(0)) == before
 
 
+@pytest.mark.usefixtures("agent")
 def test_a_pod_deleted_by_force_holds_its_limit_until_its_processes_end(
-    agent: Agent, cluster: Cluster, gpus: Gpus, make_worker: MakeWorker
+    cluster: Cluster, gpus: Gpus, make_worker: MakeWorker
 ) -> None:
     make_worker("forced", 0, watts="300", command=["/bin/sleep", "100000"])
     gpus.wait_limit(0, 300_000)
