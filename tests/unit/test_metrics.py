@@ -147,7 +147,7 @@ COUNTERS_OF_THE_ENFORCER = {
 }
 
 
-def gpu(index: int = 0, **more: object) -> m.Gpu:
+def gpu(index: int | None = 0, **more: object) -> m.Gpu:
     known: dict[str, object] = {
         "index": index,
         "uuid": f"GPU-{index}",
