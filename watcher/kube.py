@@ -139,7 +139,14 @@ class Api:
     def _request(
         self, method: str, url: str, headers: dict[str, str], body: bytes | None, timeout_s: float
     ) -> Answer:
-        response = self._send(method, url, headers, body, timeout_s)
+        try:
+            response = self._send(method, url, headers, body, timeout_s)
+        except ApiError as error:
+            # A kept connection that the server was just closing (RFC 9112, 9.3.1): ask once more.
+            closed = isinstance(_root(error), ConnectionResetError | BrokenPipeError)
+            if method != "GET" or not closed:
+                raise
+            response = self._send(method, url, headers, body, timeout_s)
         if response.status == 401:  # a rotated token: read it again and try once more
             response.close()
             self._reload()

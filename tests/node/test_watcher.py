@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -648,3 +649,67 @@ def test_a_change_reaches_the_enforcer_in_milliseconds(node: WatcherNode) -> Non
     count = node.metric("power_agent_enforcement_latency_seconds_count")
     assert count is not None
     assert count >= 29
+
+
+# ---------------------------------------------------------------------- a kept connection
+
+
+@pytest.mark.parametrize("closes", [1, 2])
+def test_a_kept_connection_that_the_server_closes_is_no_failure_once(
+    node: WatcherNode, closes: int
+) -> None:
+    """RFC 9112, 9.3.1: only asking tells; a second time in a row it is a failure like others."""
+    with _closing_front(node.api.port, closes) as port:
+        text = node.kubeconfig.read_text().replace(str(node.api.port), str(port))
+        node.kubeconfig.write_text(text)
+        node.pod("a", "300")
+        node.started()
+        node.wait_for(a=300_000)
+        assert len(node.logs("kubernetes_failing")) == closes - 1
+        assert node.stop() == 0
+
+
+@contextlib.contextmanager
+def _closing_front(behind: int, closes: int) -> Iterator[int]:
+    """A port before the API that answers one list and takes the next `closes` requests away."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # closed
+            client, _ = listener.accept()
+            with client, socket.create_connection(("127.0.0.1", behind)) as server:
+                server.sendall(client.recv(65536))
+                answer = b""
+                while not answer.rstrip().endswith((b"}", b"0")):
+                    answer += server.recv(65536)
+                client.sendall(answer)
+                client.recv(65536)
+            for _ in range(closes - 1):
+                client, _ = listener.accept()
+                client.recv(65536)
+                client.close()
+            while True:
+                threading.Thread(target=_join, args=(listener.accept()[0], behind)).start()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield int(listener.getsockname()[1])
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def _join(client: socket.socket, behind: int) -> None:
+    with client, socket.create_connection(("127.0.0.1", behind)) as server:
+        back = threading.Thread(target=_carry, args=(server, client))
+        back.start()
+        _carry(client, server)
+        back.join()
+
+
+def _carry(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
