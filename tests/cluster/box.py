@@ -119,10 +119,10 @@ class Box:
             "hierarchies": {str(tree.mount): tree.options for tree in trees},
         }
         (self.folder / "box.json").write_text(json.dumps(config))
-        entrances = " ".join(str(tree.folder / "cgroup.procs") for tree in trees)
+        self._entrances = " ".join(str(tree.folder / "cgroup.procs") for tree in trees)
         unshare = ["unshare", *NAMESPACES, "--fork", "--kill-child=KILL"]
         init = [sys.executable, "-I", "-S", str(INIT), str(self.folder)]
-        command = ["/bin/sh", "-c", _ENTER_CGROUPS, "box", entrances, *unshare, *init]
+        command = ["/bin/sh", "-c", _ENTER_CGROUPS, "box", self._entrances, *unshare, *init]
         process = self._spawner.process(command, self.folder / "init.log")
         process.start()
         self._unshare_pid = process.pid
@@ -140,10 +140,14 @@ class Box:
         children = Path(f"/proc/{self._unshare_pid}/task/{self._unshare_pid}/children")
         return int(children.read_text().split()[0])
 
-    def inside(self, command: Sequence[str | Path], *namespaces: str) -> list[str]:
-        """The command that runs `command` in these namespaces of the box."""
-        chosen = namespaces or ("--mount", "--net", "--ipc", "--uts", "--cgroup", "--pid")
-        return ["nsenter", f"--target={self.init_pid}", *chosen, "--", *map(str, command)]
+    def in_network(self, command: Sequence[str | Path]) -> list[str]:
+        """The command that runs `command` here, but with the box's network."""
+        return ["nsenter", f"--target={self.init_pid}", "--net", "--", *map(str, command)]
+
+    def inside(self, command: Sequence[str | Path]) -> list[str]:
+        """The command that runs `command` as a process of the box, which ends with it."""
+        enter = ["nsenter", f"--target={self.init_pid}", *NAMESPACES, "--", *map(str, command)]
+        return ["/bin/sh", "-c", _ENTER_CGROUPS, "box", self._entrances, *enter]
 
     def run(self, *command: str | Path) -> str:
         """What a command inside prints; it must succeed."""

@@ -113,7 +113,7 @@ class Node:
 
     def kubectl_command(self, *arguments: str) -> list[str]:
         """kubectl runs in the box's network, with this machine's files."""
-        return self.box.inside([self._assets / "kubectl", *arguments], "--net")
+        return self.box.in_network([self._assets / "kubectl", *arguments])
 
     def import_image(self, archive: Path) -> None:
         """Load an image (docker archive or OCI layout, as a tar file) into containerd."""
