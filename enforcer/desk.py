@@ -75,7 +75,9 @@ class Desk:
         assert isinstance(new, m.Snapshot)
         last = self.snapshot
         if new.session in self._retired:
-            raise m.RefusedError("stale", f"session {new.session} was replaced by a newer one")
+            if time.monotonic() - self._heard_s <= _LIVING_S:
+                raise m.RefusedError("stale", f"session {new.session} was replaced by a newer one")
+            self._retired.remove(new.session)  # the newer one is gone
         if last and last.session == new.session and new.revision < last.revision:
             raise m.RefusedError("stale", f"revision {new.revision} came after {last.revision}")
         if last and last.session != new.session:

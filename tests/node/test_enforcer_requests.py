@@ -319,3 +319,22 @@ def test_i11_a_client_that_never_reads_delays_nobody() -> None:
             node.wait_limit(250)
         finally:
             deaf.context.destroy(linger=0)
+
+
+def test_a_replaced_session_counts_again_when_the_newer_one_is_gone() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        older = node.message({A: 300})
+        node.send(older)
+        node.session = "newer"
+        node.revision = 0
+        node.snapshot({A: 320})
+        assert isinstance(node.client.request(older, 2), m.Error)
+
+        # Ten seconds without a word from the newer one.
+        def counts_again() -> bool:
+            return isinstance(node.client.request(older, 2), m.Report)
+
+        wait_until(counts_again, "the older one is taken", deadline_s=20)
+        assert isinstance(node.client.request(older, 2), m.Report)
