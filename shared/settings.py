@@ -108,6 +108,14 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _annotation(value: str) -> str:
+    # A qualified name (apimachinery validation.IsQualifiedName): an optional DNS prefix, a name.
+    prefix = r"(?:[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?"
+    if not re.fullmatch(prefix + r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", value):
+        raise ValueError("not an annotation key such as example.com/name")
+    return value
+
+
 def _safe_default(value: str) -> SafeDefault:
     percent = re.fullmatch(r"([0-9]{1,3})%", value)
     if percent is None:
@@ -256,7 +264,10 @@ class WatcherSettings(CommonSettings):
     )
     namespace: str | None = _setting("WATCH_NAMESPACE", None, "only pods of this namespace")
     annotation: str = _setting(
-        "POWER_AGENT_ANNOTATION", "dynamo.nvidia.com/gpu-power-limit", "annotation key"
+        "POWER_AGENT_ANNOTATION",
+        "dynamo.nvidia.com/gpu-power-limit",
+        "annotation key",
+        _annotation,
     )
     metrics: Address | None = _setting(
         "POWER_AGENT_METRICS_ADDR",
