@@ -114,9 +114,8 @@ class CrashingNode(EnforcerNode):
 def play(node: CrashingNode, point: Point) -> None:
     """From before the step to the crash in it, from there to the end without a crash."""
     before: dict[str, float | None] = {A: 300, B: 310}
-    after: dict[str, float | None] = {"adjust": {A: 400, B: 410}, "release": {}}.get(
-        point.step, before
-    )
+    changed: dict[str, dict[str, float | None]] = {"adjust": {A: 400, B: 410}, "release": {}}
+    after = changed.get(point.step, before)
     for gpu, found_w in zip(node.gpus, FOUND_W, strict=True):
         gpu.limit_mw = round(found_w * 1000)
     pids = [node.run_pod(A, 0), node.run_pod(B, 1)]
@@ -160,5 +159,6 @@ def test_every_operation_is_met() -> None:
 
 @pytest.mark.parametrize("point", PLAYED, ids=str)
 def test_killed_at_a_named_point_ends_as_without(point: Point) -> None:
-    with CrashingNode(gpus=3) as node:
+    node = CrashingNode(gpus=3)
+    with node:
         play(node, point)
