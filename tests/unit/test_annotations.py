@@ -12,7 +12,16 @@ from watcher.metadata import Pod
 
 @pytest.mark.parametrize(
     ("text", "limit_mw"),
-    [("350", 350_000), ("350.5", 350_500), (" 350\t", 350_000), ("48.75", 48_750), ("1", 1000)],
+    [
+        ("350", 350_000),
+        ("350.5", 350_500),
+        (" 350\t", 350_000),
+        ("48.75", 48_750),
+        ("1", 1000),
+        ("350.555", 350_555),
+        ("0.001", 1),
+        ("100000", 100_000_000),
+    ],
 )
 def test_decimal_watts_are_a_limit(text: str, limit_mw: int) -> None:
     assert annotations.read(text) == annotations.Wish(text, limit_mw)
@@ -35,6 +44,14 @@ def test_decimal_watts_are_a_limit(text: str, limit_mw: int) -> None:
         "+5",
         "3 5",
         "inf",
+        "350.5555",
+        "350.",
+        ".5",
+        "0.000",
+        "100000.001",
+        "350\n",
+        "350\u00a0",
+        "70%",
     ],
 )
 def test_everything_else_is_no_limit_and_says_why(text: str) -> None:
@@ -51,6 +68,7 @@ def test_a_long_text_is_kept_in_part_and_read_in_whole() -> None:
     hidden = "350" + " " * RAW_CHARS + "W"
     assert annotations.read(hidden).limit_mw is None
     assert len(annotations.read(hidden).raw) == RAW_CHARS
+    assert annotations.read("５" * 100).raw == "５" * RAW_CHARS  # characters, not bytes
 
 
 @given(st.text(max_size=80))

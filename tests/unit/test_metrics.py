@@ -470,14 +470,19 @@ def test_a_client_that_drips_is_dropped_when_the_house_is_full(server: health.Se
                 hostile.sendall(b"x")
 
     with contextlib.ExitStack() as held:
-        drops = []
-        for _ in range(health._CONNECTIONS):
-            hostile = held.enter_context(socket.create_connection(("127.0.0.1", server.port), 5))
-            drops.append(threading.Thread(target=drip, args=(hostile,)))
-            drops[-1].start()
+        drips = [
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), 5))
+            for _ in range(health._CONNECTIONS)
+        ]
+        threads = [threading.Thread(target=drip, args=(hostile,)) for hostile in drips]
+        held.callback(stop.set)
+        for thread in threads:
+            thread.start()
         until(lambda: _answers(server), "an answer in spite of them")
+        with contextlib.suppress(ConnectionError):
+            assert drips[0].recv(1) == b""  # the oldest was hung up on: its thread is free
         stop.set()
-        for thread in drops:
+        for thread in threads:
             thread.join()
     until(lambda: not server._open, "all connections forgotten")
 

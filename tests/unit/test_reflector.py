@@ -294,6 +294,8 @@ def test_a_relist_is_swapped_in_whole(api: KubeApi, start: Start) -> None:
     api.come_back()
     subject.wait_for(after)
     assert subject.offers == [before, after]
+    add(api, "later", "3")
+    subject.wait_for({**after, "later": "3"})  # nothing of before comes back with the next event
 
 
 def test_a_relist_that_goes_back_in_time_is_not_taken(api: KubeApi, start: Start) -> None:

@@ -613,8 +613,9 @@ def test_any_nonsense_is_an_api_error_of_one_short_line(tmp_path: Path, said: by
 def test_a_refused_connection_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with opened(plain(tmp_path, port)) as api, pytest.raises(ApiError, match="refused"):
+    with opened(plain(tmp_path, port)) as api, pytest.raises(ApiError) as failed:
         ask(api)
+    assert str(failed.value) == "[Errno 111] Connection refused"  # not wrapped in urllib3's words
 
 
 def test_a_name_that_nobody_knows_says_so(tmp_path: Path) -> None:
