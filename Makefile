@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint test bench kube-assets lock clean
+.PHONY: help setup run lint test bench kube-assets image image-check sbom cluster-test lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -91,6 +91,25 @@ bench: setup ## the figures of the README, measured here
 
 kube-assets: setup ## build etcd and kube-apiserver (Go needed, minutes once), print their folder
 	@$(PY) -m tests.kube.assets $(ARGS)
+
+# Without a container engine, as root: buildah on a base made from Debian's packages (both are
+# installed where they are missing). Everywhere else: docker build -t dynamo/power-agent:v1.0.0 .
+IMAGE_TAR = build/images/power-agent-$(shell sed -n 's/^__version__ = "\(.*\)"/v\1/p' shared/__init__.py).tar
+
+image: setup ## the container image, as a file that docker, podman and containerd load
+	@$(PY) -m tests.cluster.images $(ARGS)
+
+image-check: setup ## each of the image's three ways at work, on a simulated node
+	@$(PY) -m tests.cluster.image_check
+
+sbom: setup ## what is in that file, as CycloneDX
+	@[ -e $(IMAGE_TAR) ] || $(MAKE) --no-print-directory -s image
+	@$(PY) -m tests.cluster.sbom $(IMAGE_TAR)
+
+# Exit status 3: something is missing here, and pytest will say what it skips for it.
+cluster-test: setup ## what an administrator does, on the cluster of KUBECONFIG or one made here
+	@[ -n "$${KUBECONFIG:-}" ] || $(PY) -m tests.cluster.prepare || [ $$? -eq 3 ]
+	@$(PY) -m pytest -m cluster tests/cluster $(ARGS)
 
 # One resolution for all: the components' locks take the versions of dev.txt. No host name is
 # written into them, so that any package index serves.

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,15 +103,3 @@ def node_binaries() -> Path:
         return assets.obtain(assets.SERVER + assets.NODE)
     except (assets.AssetsError, OSError) as error:
         raise LackingError(f"no kubelet and control plane: {error}") from error
-
-
-def main(arguments: Iterable[str]) -> int:
-    """Tell what is missing for a node of one's own; exit status 1 if anything is."""
-    del arguments
-    missing = lacking(IMAGE, CHECK, NODE)
-    print(" ".join(missing) or "all there")
-    return bool(missing)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
