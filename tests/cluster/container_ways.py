@@ -69,7 +69,14 @@ class Podman:
         environment: Mapping[str, str],
     ) -> None:
         self.run(
-            *("run", "--detach", "--read-only", "--read-only-tmpfs=false", "--network=host", f"--name={name}"),
+            *(
+                "run",
+                "--detach",
+                "--read-only",
+                "--read-only-tmpfs=false",
+                "--network=host",
+                f"--name={name}",
+            ),
             # The image's own health check, by hand: no systemd timer is here to run it.
             "--health-interval=disable",
             f"--volume={node.folder}:{node.folder}",

@@ -145,8 +145,12 @@ class Gpus:
 
     def kill(self, pod_uid: str) -> None:
         """SIGKILL to every process of a pod that uses a GPU."""
-        for pid in self._processes("cgroup", f"pod{pod_uid}", "environ", "SIM_GPUS="):
+        for pid in self.processes_of(pod_uid):
             self.shell(f"kill -9 {pid}")
+
+    def processes_of(self, pod_uid: str) -> list[int]:
+        """Those that use a GPU and whose cgroup shows this pod."""
+        return self._processes("cgroup", f"pod{pod_uid}", "environ", "SIM_GPUS=")
 
     def programs(self, name: str) -> list[int]:
         """Pids of the running enforcers or watchers, as the node numbers them."""
