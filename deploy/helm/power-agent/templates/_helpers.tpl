@@ -1,0 +1,188 @@
+{{- /* Names, labels, and the parts that both forms of the pod share. */ -}}
+
+{{- define "power-agent.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name }}{{ end }}
+{{- end }}
+
+{{- define "power-agent.selector" -}}
+app: power-agent
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "power-agent.labels" -}}
+{{ include "power-agent.selector" . }}
+app.kubernetes.io/name: power-agent
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "power-agent.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag }}
+{{- with .Values.image.digest }}@{{ . }}{{ end }}
+{{- end }}
+
+{{- /* Where a setting is not given, these are the agent's own defaults (shared/settings.py). */ -}}
+{{- define "power-agent.annotation" -}}
+{{ .Values.settings.annotation | default "dynamo.nvidia.com/gpu-power-limit" }}
+{{- end }}
+{{- define "power-agent.uid" -}}
+{{ int64 (.Values.settings.watcherUid | default 65532) }}
+{{- end }}
+{{- define "power-agent.runDir" -}}
+{{ .Values.settings.runDir | default "/run/power-agent" }}
+{{- end }}
+{{- define "power-agent.stateDir" -}}
+{{ .Values.settings.stateDir | default "/var/lib/power-agent" }}
+{{- end }}
+{{- define "power-agent.ownProcRoot" -}}
+{{- with .Values.settings.procRoot }}{{ if ne . "/proc" }}{{ . }}{{ end }}{{ end }}
+{{- end }}
+{{- define "power-agent.metricsPort" -}}
+{{- $address := .Values.settings.metricsAddr | default "0.0.0.0:9100" }}
+{{- if ne $address "off" }}{{ last (splitList ":" $address) }}{{ end }}
+{{- end }}
+
+{{- /* Variables of one program: a list of [variable, value], those left null omitted. */ -}}
+{{- define "power-agent.variables" -}}
+{{- range . }}
+{{- if not (kindIs "invalid" (last .)) }}
+- name: {{ first . }}
+  value: {{ last . | toString | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "power-agent.commonVariables" -}}
+{{- $s := .Values.settings }}
+{{- include "power-agent.variables" (list
+  (list "POWER_AGENT_RUN_DIR" $s.runDir)
+  (list "POWER_AGENT_LOG_LEVEL" $s.logLevel)
+  (list "POWER_AGENT_LOG_FORMAT" $s.logFormat)
+) }}
+{{- end }}
+
+{{- define "power-agent.watcherVariables" -}}
+{{- $s := .Values.settings }}
+{{- include "power-agent.variables" (list
+  (list "WATCH_NAMESPACE" $s.watchNamespace)
+  (list "POWER_AGENT_ANNOTATION" $s.annotation)
+  (list "POWER_AGENT_METRICS_ADDR" $s.metricsAddr)
+  (list "POWER_AGENT_EVENTS" $s.events)
+) }}
+{{- end }}
+
+{{- define "power-agent.enforcerVariables" -}}
+{{- $s := .Values.settings }}
+{{- $uid := $s.watcherUid }}
+{{- if not (kindIs "invalid" $uid) }}{{ $uid = int64 $uid }}{{ end }}
+{{- include "power-agent.variables" (list
+  (list "POWER_AGENT_MIN_WATTS" $s.minWatts)
+  (list "POWER_AGENT_MAX_WATTS" $s.maxWatts)
+  (list "POWER_AGENT_SAFE_DEFAULT" $s.safeDefault)
+  (list "POWER_AGENT_CONFLICT" $s.conflict)
+  (list "POWER_AGENT_RELEASE_TO" $s.releaseTo)
+  (list "POWER_AGENT_ON_EXIT" $s.onExit)
+  (list "POWER_AGENT_LEASE" $s.lease)
+  (list "POWER_AGENT_DRY_RUN" $s.dryRun)
+  (list "POWER_AGENT_SCAN_SECONDS" $s.scanSeconds)
+  (list "POWER_AGENT_RECONCILE_SECONDS" $s.reconcileSeconds)
+  (list "POWER_AGENT_WATCHER_UID" $uid)
+  (list "POWER_AGENT_READER_UIDS" $s.readerUids)
+  (list "POWER_AGENT_STATE_DIR" $s.stateDir)
+  (list "POWER_AGENT_PROC_ROOT" $s.procRoot)
+  (list "POWER_AGENT_CGROUP_ROOT" $s.cgroupRoot)
+) }}
+{{- end }}
+
+{{- define "power-agent.nodeEnv" -}}
+- name: NODE_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: spec.nodeName
+{{- end }}
+
+{{- define "power-agent.gpuEnv" -}}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: "all"
+- name: NVIDIA_DRIVER_CAPABILITIES
+  value: "utility"
+{{- end }}
+
+{{- define "power-agent.watcherEnv" -}}
+{{ include "power-agent.nodeEnv" . }}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: "void"
+{{- include "power-agent.watcherVariables" . }}
+{{- include "power-agent.commonVariables" . }}
+{{- end }}
+
+{{- define "power-agent.enforcerEnv" -}}
+{{ include "power-agent.gpuEnv" . }}
+{{- include "power-agent.enforcerVariables" . }}
+{{- include "power-agent.commonVariables" . }}
+{{- end }}
+
+{{- define "power-agent.supervisedEnv" -}}
+{{ include "power-agent.nodeEnv" . }}
+{{ include "power-agent.gpuEnv" . }}
+{{- include "power-agent.watcherVariables" . }}
+{{- include "power-agent.enforcerVariables" . }}
+{{- include "power-agent.commonVariables" . }}
+{{- end }}
+
+{{- define "power-agent.metricsPorts" -}}
+{{- with include "power-agent.metricsPort" . }}
+ports:
+  - name: metrics
+    containerPort: {{ . }}
+    protocol: TCP
+{{- end }}
+{{- end }}
+
+{{- /* What root's container may do; the argument holds the values and further capabilities. */ -}}
+{{- define "power-agent.rootSecurityContext" -}}
+runAsUser: 0
+runAsGroup: 0
+readOnlyRootFilesystem: true
+{{- if eq .values.privileges "all" }}
+# Setting a power limit takes CAP_SYS_ADMIN in the host's user namespace and the device nodes;
+# this is the form that works everywhere.
+privileged: true
+{{- else }}
+privileged: false
+allowPrivilegeEscalation: false
+capabilities:
+  drop: ["ALL"]
+  add:
+    {{- range concat (list "SYS_ADMIN" "SYS_PTRACE") .capabilities }}
+    - {{ . }}
+    {{- end }}
+# The runtime's profile forbids looking at processes that it does not confine, such as pid 1.
+appArmorProfile:
+  type: Unconfined
+{{- end }}
+{{- end }}
+
+{{- define "power-agent.ping" -}}
+exec:
+  command: ["powerctl", "ping"]
+{{- end }}
+
+{{- define "power-agent.rootMounts" -}}
+- name: run
+  mountPath: {{ include "power-agent.runDir" . }}
+- name: state
+  mountPath: {{ include "power-agent.stateDir" . }}
+{{- with include "power-agent.ownProcRoot" . }}
+- name: proc
+  mountPath: {{ . }}
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "power-agent.tokenMount" -}}
+- name: token
+  mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+  readOnly: true
+{{- end }}

@@ -1,0 +1,31 @@
+{{- /* What values.schema.json cannot say: relations between values, and with the cluster. */ -}}
+{{- define "power-agent.validate" -}}
+{{- include "power-agent.bounds" (list "settings" .Values.settings.minWatts .Values.settings.maxWatts) }}
+{{- if .Values.admission.enabled }}
+{{- include "power-agent.bounds" (list "admission" (include "power-agent.admissionMin" . | default nil) (include "power-agent.admissionMax" . | default nil)) }}
+{{- if semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version }}
+{{- fail (printf "admission.enabled needs Kubernetes 1.30 or later, this is %s: set it to false" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- end }}
+{{- if and (ne .Values.privileges "all") (semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "privileges=minimal needs Kubernetes 1.30 or later (appArmorProfile), this is %s: set it to all" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- if eq (include "power-agent.uid" .) "0" }}
+{{- fail "settings.watcherUid is 0, and the watcher must not be root: name another user, or leave it null" }}
+{{- end }}
+{{- end }}
+
+{{- define "power-agent.bounds" -}}
+{{- $where := index . 0 }}{{ $min := index . 1 }}{{ $max := index . 2 }}
+{{- if and $min $max (gt (float64 $min) (float64 $max)) }}
+{{- fail (printf "%s.minWatts=%v is above %s.maxWatts=%v: lower the first or raise the second" $where $min $where $max) }}
+{{- end }}
+{{- end }}
+
+{{- /* The policies' bounds are the agent's where they have none of their own. */ -}}
+{{- define "power-agent.admissionMin" -}}
+{{- with .Values.admission.minWatts | default .Values.settings.minWatts }}{{ . }}{{ end }}
+{{- end }}
+{{- define "power-agent.admissionMax" -}}
+{{- with .Values.admission.maxWatts | default .Values.settings.maxWatts }}{{ . }}{{ end }}
+{{- end }}
