@@ -9,6 +9,6 @@ ROUNDS = int(os.environ.get("CHAOS_ROUNDS") or 0)
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
 
 WHOLE = ROUNDS > 0
-HOSTILE_S = 60.0 if WHOLE else 3.0
+HOSTILE_S = 60.0 if WHOLE else 2.0
 
 whole_only = pytest.mark.skipif(not WHOLE, reason="long: make chaos")
