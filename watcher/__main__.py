@@ -57,14 +57,16 @@ class Watcher:
     def run(self) -> int:
         """Serve, reflect and publish until a signal; returns the exit status."""
         self._catch_signals()
-        if self._settings.metrics is not None:
-            health.Server(self._settings.metrics, self._pages()).start()
+        address = self._settings.metrics
+        server = None if address is None else health.Server(address, self._pages())
         if self._recorder is not None:
             threading.Thread(target=self._recorder.run, args=(self._stop,), daemon=True).start()
         self._log.info("started", version=__version__, api=self._api.host, **self._scope())
         if not self._api.verifies:
             self._log.warning("api_unverified", why="the API server does not prove who it is")
         self._reflecting.start()
+        if server is not None:
+            server.start()  # after the thread whose health it tells
         gc.collect()
         gc.freeze()  # what start-up made stays for ever: no collection need look at it again
         self._publisher.run(self._stop)

@@ -22,7 +22,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 import urllib3
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import HTTPError, InsecureRequestWarning
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, ProtocolError
 
 from shared import __version__
 from shared.settings import SettingsError
@@ -305,7 +305,10 @@ def _mapped_errors() -> Iterator[None]:
     try:
         yield
     except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-        raise ApiError(_one_line(_root(error))) from error
+        root = _root(error)
+        torn = isinstance(error, ProtocolError) and not isinstance(root, OSError)
+        why = "the connection broke in the middle of an answer" if torn else _one_line(root)
+        raise ApiError(why) from error
 
 
 def _root(error: BaseException) -> BaseException:

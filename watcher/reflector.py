@@ -333,7 +333,8 @@ class Reflector:
     def _say(self, state: State, error: ApiError) -> None:
         text = str(error)
         if error.status == 403:
-            text = f"{text}; {self._scope.rule}"
+            # A server that has just started refuses before it knows its rules.
+            text = f"{text}; if it stays so, {self._scope.rule}"
         if self._troubled_since is None:
             self._troubled_since = time.monotonic()
         if text != self.problem:

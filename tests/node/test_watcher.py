@@ -259,11 +259,12 @@ def test_a_watch_that_ends_goes_on_where_it_was(node: WatcherNode, mid_line: boo
         node.annotate("a", str(watts))
         node.wait_for(a=watts * 1000)
         node.api.cut_watches(mid_line=mid_line)
+    reason = "failed" if mid_line else "closed"
+    restarts = f'power_agent_watch_restarts_total{{reason="{reason}"}}'
+    wait_until(lambda: node.metric(restarts) == 4, "the last restart")
     wait_until(lambda: node.api.open_watches == 1, "the watch")
     assert node.api.count("list") == 1
     assert node.metric("power_agent_list_requests_total") == 1
-    reason = "failed" if mid_line else "closed"
-    assert node.metric(f'power_agent_watch_restarts_total{{reason="{reason}"}}') == 4
 
 
 @pytest.mark.parametrize("how", ["HTTP 410", "ERROR event"])
