@@ -100,6 +100,9 @@ class Agent:
             timeout_s=timeout_s + 10,
         )
 
+    def is_installed(self) -> bool:
+        return not self.cluster.gone("daemonset", NAME, NAMESPACE)
+
     def delete(self) -> None:
         """`kubectl delete -f`: namespace, roles and all; returns when nothing of it is left."""
         self.cluster.kubectl(

@@ -76,6 +76,10 @@ def _given(undo: contextlib.ExitStack) -> Place:
         raise parts.LackingError("KUBECONFIG is set, but there is no kubectl")
     cluster = Cluster(lambda *arguments: [kubectl, *arguments], Path(_KUBECONFIG))
     image = os.environ.get(IMAGE_VARIABLE, images.IMAGE)
+    agent = Agent(cluster, image)
+    if agent.is_installed():
+        raise parts.LackingError("KUBECONFIG: the agent runs there already; it is left alone")
+    undo.callback(agent.delete)
     if not cluster.items("nodes", "-l", f"{GPU_LABEL}=true"):
         node = cluster.items("nodes")[0]["metadata"]["name"]
         cluster.kubectl("label", "node", node, f"{GPU_LABEL}=true")

@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tests.cluster.waiting import wait_for
 from tests.simnode.node import SimNode
@@ -177,13 +178,14 @@ def main() -> None:
     os.environ.pop("KUBEBUILDER_ASSETS", None)
     wait_for(lambda: podman.run("image", "exists", podman.image, check=False).returncode == 0,
              1, f"{podman.image} in {podman.store}")  # fmt: skip
-    for title, way in {
-        "two containers, enforcer privileged": lambda: two_containers(podman, PRIVILEGED),
-        "two containers, enforcer with CAP_SYS_ADMIN alone": lambda: two_containers(
-            podman, REDUCED
+    ways: dict[str, Callable[[], None]] = {
+        "two containers, enforcer privileged": partial(two_containers, podman, PRIVILEGED),
+        "two containers, enforcer with CAP_SYS_ADMIN alone": partial(
+            two_containers, podman, REDUCED
         ),
-        "one container, supervised": lambda: supervised(podman),
-    }.items():
+        "one container, supervised": partial(supervised, podman),
+    }
+    for title, way in ways.items():
         began = time.monotonic()
         way()
         print(f"image-check: {title}: good, {time.monotonic() - began:.1f} s", flush=True)
