@@ -84,7 +84,7 @@ test: setup ## lint and all tests; ARGS goes to pytest
 	if [ -n "$$KUBEBUILDER_ASSETS" ]; then export KUBEBUILDER_ASSETS; \
 	else unset KUBEBUILDER_ASSETS; fi; \
 	[ $$lint -eq 0 ] || echo 'make test: lint FAILED (above); the tests run all the same' >&2; \
-	$(PY) -m pytest -n 3 --dist loadfile $(ARGS) && exit $$lint
+	$(PY) -m pytest -n 4 --dist loadfile $(ARGS) && exit $$lint
 
 bench: setup ## the figures of the README, measured here
 	@$(PY) -m tests.bench $(ARGS)
