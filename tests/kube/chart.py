@@ -1,0 +1,135 @@
+"""What the tests of the deployment render: the chart by the real helm, overlays by kubectl."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.kube import assets, helm_assets
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "helm" / "power-agent"
+NAMESPACE, RELEASE = "dynamo-system", "power-agent"
+
+Object = dict[str, Any]
+
+
+class RefusedError(Exception):
+    """Helm's own words."""
+
+
+def helm(*arguments: str, stdin: str = "") -> str:
+    """What helm prints; the test is skipped where there is no helm."""
+    try:
+        binary = helm_assets.find()
+    except assets.AssetsError as error:
+        pytest.fail(str(error), pytrace=False)
+    if binary is None:
+        pytest.skip("no helm: python -m tests.kube.helm_assets builds it (needs Go)")
+    with tempfile.TemporaryDirectory(prefix="power-agent-helm-") as home:
+        own = {f"HELM_{each}_HOME": home for each in ("CACHE", "CONFIG", "DATA")}
+        done = subprocess.run(
+            [binary, *arguments],
+            env=os.environ | own | {"KUBECONFIG": os.devnull},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise RefusedError(done.stderr)
+    return done.stdout
+
+
+def render(
+    values: Object | None = None,
+    *flags: str,
+    release: str = RELEASE,
+    namespace: str = NAMESPACE,
+) -> list[Object]:
+    """The chart's objects, or RefusedError."""
+    text = helm(
+        *("template", release, str(CHART), "--namespace", namespace, "--values", "-", *flags),
+        stdin=json.dumps(values or {}),
+    )
+    return documents(text)
+
+
+def kustomize(folder: Path) -> list[Object]:
+    """What `kubectl apply -k` would apply; the test is skipped where there is no kubectl."""
+    found = assets.find(["kubectl"])
+    binary = found / "kubectl" if found else shutil.which("kubectl")
+    if binary is None:
+        pytest.skip("no kubectl, which has kustomize: python -m tests.kube.assets builds it")
+    done = subprocess.run(
+        [binary, "kustomize", folder], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return documents(done.stdout)
+
+
+def documents(text: str) -> list[Object]:
+    """The objects of a file with several."""
+    return [each for each in yaml.safe_load_all(text) if each]
+
+
+def named(objects: list[Object]) -> dict[tuple[str, str], Object]:
+    """By kind and name."""
+    found = {(each["kind"], each["metadata"]["name"]): each for each in objects}
+    assert len(found) == len(objects), "a name twice"
+    return found
+
+
+def without_helm_labels(value: Any) -> Any:  # noqa: ANN401
+    """The labels by which Helm knows its own make no difference; nor does the order of names."""
+    if isinstance(value, dict):
+        return {
+            key: without_helm_labels(each)
+            for key, each in value.items()
+            if not key.startswith(("app.kubernetes.io/", "helm.sh/"))
+        }
+    if isinstance(value, list):
+        if all(isinstance(each, dict) and "name" in each for each in value):
+            value = sorted(value, key=lambda each: str(each["name"]))
+        return [without_helm_labels(each) for each in value]
+    return value
+
+
+def template(objects: list[Object]) -> Object:
+    """The pod template of the DaemonSet."""
+    (found,) = [each for each in objects if each["kind"] == "DaemonSet"]
+    pod: Object = found["spec"]["template"]
+    return pod
+
+
+def containers(objects: list[Object]) -> dict[str, Object]:
+    """The DaemonSet's containers by name."""
+    return {each["name"]: each for each in template(objects)["spec"]["containers"]}
+
+
+def literals(container: Object) -> dict[str, str]:
+    """A container's variables that stand there as they are."""
+    return {each["name"]: each["value"] for each in container["env"] if "value" in each}
+
+
+def strings(value: Any) -> Iterator[str]:  # noqa: ANN401
+    """Every text in an object, keys too."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from (key, *strings(each))
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+    elif isinstance(value, str):
+        yield value

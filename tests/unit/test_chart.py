@@ -1,0 +1,414 @@
+"""The chart, rendered by the real helm: the same as the plain files, and no nonsense gets in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared import __version__
+from shared.settings import EnforcerSettings, SettingsError, WatcherSettings, parse_settings
+from tests.kube.chart import (
+    CHART,
+    DEPLOY,
+    NAMESPACE,
+    Object,
+    RefusedError,
+    containers,
+    documents,
+    helm,
+    kustomize,
+    literals,
+    named,
+    render,
+    template,
+    without_helm_labels,
+)
+
+MONITORING = {
+    each: {"enabled": True} for each in ("podMonitor", "prometheusRule", "dashboard")
+}  # fmt: skip
+
+
+def refusal(values: Object, *flags: str) -> str:
+    """Helm's words when it refuses."""
+    with pytest.raises(RefusedError) as refused:
+        render(values, *flags)
+    return str(refused.value)
+
+
+def kinds(objects: list[Object]) -> set[str]:
+    return {each["kind"] for each in objects}
+
+
+def test_lint_has_nothing_to_say() -> None:
+    assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART))
+
+
+# ---------------------------------------------------------------------- the plain files
+
+SAME: dict[str, tuple[str, Object]] = {
+    "manifest": ("power_agent", {}),
+    "reduced-privileges": ("overlays/reduced-privileges", {"privileges": "minimal"}),
+    "supervised": ("overlays/supervised", {"supervised": True}),
+    "namespaced": ("overlays/namespaced", {"settings": {"watchNamespace": "default"}}),
+    "dry-run": ("overlays/dry-run", {"settings": {"dryRun": True}}),
+    "monitoring": ("overlays/monitoring", {"monitoring": MONITORING}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_chart_says_the_same_as_the_plain_files(case: str) -> None:
+    folder, values = SAME[case]
+    rendered = named(render({"namespace": {"create": True}, **values}, "--no-hooks"))
+    plain = named(kustomize(DEPLOY / folder))
+    assert rendered.keys() == plain.keys()
+    for name, each in plain.items():
+        assert without_helm_labels(rendered[name]) == without_helm_labels(each), name
+
+
+def test_the_chart_has_the_same_admission_policies() -> None:
+    chart = {
+        name: each
+        for name, each in named(render({"admission": {"enabled": True}})).items()
+        if name[0].startswith("ValidatingAdmission") or name[0] == "ConfigMap"
+    }
+    plain = named(kustomize(DEPLOY / "policies"))
+    assert chart.keys() == plain.keys()
+    for name, each in plain.items():
+        assert without_helm_labels(chart[name]) == without_helm_labels(each), name
+
+
+def test_the_charts_copies_are_the_plain_files() -> None:
+    rules = documents((DEPLOY / "monitoring/prometheusrule.yaml").read_text())[0]["spec"]
+    assert yaml.safe_load((CHART / "files/rules.yaml").read_text()) == rules
+    assert (CHART / "files/dashboard.json").read_bytes() == (
+        DEPLOY / "monitoring/dashboard.json"
+    ).read_bytes()
+
+
+def test_versions_are_the_products() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == __version__
+    assert values["image"]["tag"] == f"v{__version__}"
+
+
+# ---------------------------------------------------------------------- settings
+
+# None has the program's default, so each shows that it arrives.
+EVERY: Object = {
+    "annotation": "example.com/limit",
+    "watchNamespace": "workers",
+    "metricsAddr": "[::]:9200",
+    "events": True,
+    "minWatts": 100.5,
+    "maxWatts": "700",
+    "safeDefault": "70%",
+    "conflict": "safe-default",
+    "releaseTo": "default",
+    "onExit": "hold",
+    "lease": "release:90.5",
+    "dryRun": True,
+    "scanSeconds": 0.5,
+    "reconcileSeconds": 604800,
+    "watcherUid": 1000700000,
+    "readerUids": "0, 1000",
+    "stateDir": "/var/lib/elsewhere",
+    "procRoot": "/host/proc",
+    "cgroupRoot": "/kubelet.slice",
+    "runDir": "/run/elsewhere",
+    "logLevel": "debug",
+    "logFormat": "text",
+}
+# Given by the pod itself, or without a meaning in a pod.
+NOT_VALUES = {"NODE_NAME", "KUBECONFIG", "KUBERNETES_SERVICE_HOST", "POWER_AGENT_SUPERVISED"}
+
+
+def variable(value: str) -> str:
+    """The variable that a value of `settings` becomes."""
+    words = re.sub("([A-Z])", r"_\1", value).upper()
+    return words if value == "watchNamespace" else f"POWER_AGENT_{words}"
+
+
+def parsed(objects: list[Object]) -> tuple[WatcherSettings, EnforcerSettings]:
+    """What both programs make of their containers' variables."""
+    found = containers(objects)
+    watcher = found.get("watcher") or found["power-agent"]
+    enforcer = found.get("enforcer") or found["power-agent"]
+    return (
+        parse_settings(WatcherSettings, literals(watcher) | {"NODE_NAME": "n"}),
+        parse_settings(EnforcerSettings, literals(enforcer)),
+    )
+
+
+def test_every_setting_is_a_value_and_every_value_is_a_setting() -> None:
+    known = {
+        each.metadata["variable"].name
+        for kind in (WatcherSettings, EnforcerSettings)
+        for each in dataclasses.fields(kind)
+    }
+    values = yaml.safe_load((CHART / "values.yaml").read_text())["settings"]
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert {variable(each) for each in values} == known - NOT_VALUES
+    assert set(values) == set(EVERY) == set(schema["properties"]["settings"]["properties"])
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_every_value_reaches_the_program_that_reads_it(supervised: bool) -> None:
+    objects = render({"settings": EVERY, "supervised": supervised})
+    defaults = (
+        parse_settings(WatcherSettings, {"NODE_NAME": "n"}),
+        parse_settings(EnforcerSettings, {}),
+    )
+    for had, has in zip(defaults, parsed(objects), strict=True):
+        for each in dataclasses.fields(has):
+            name = each.metadata["variable"].name
+            if name not in NOT_VALUES:
+                assert getattr(has, each.name) != getattr(had, each.name), name
+
+
+def test_without_values_the_programs_keep_their_defaults() -> None:
+    """So the chart and the programs cannot disagree on what a default is."""
+    for container in containers(render()).values():
+        assert not {name for name in literals(container) if not name.startswith("NVIDIA_")}
+
+
+def test_values_shape_the_pod_too() -> None:
+    objects = render({"settings": EVERY})
+    pod, found = template(objects)["spec"], containers(objects)
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    mounts = {
+        (name, mount["name"]): mount["mountPath"]
+        for name, each in found.items()
+        for mount in each["volumeMounts"]
+    }
+    assert found["watcher"]["securityContext"]["runAsUser"] == 1000700000
+    assert found["watcher"]["securityContext"]["runAsGroup"] == 1000700000
+    assert pod["securityContext"]["fsGroup"] == 1000700000
+    assert found["watcher"]["ports"][0]["containerPort"] == 9200
+    assert volumes["state"]["hostPath"]["path"] == "/var/lib/elsewhere"
+    assert volumes["proc"]["hostPath"]["path"] == "/proc"
+    assert mounts["enforcer", "proc"] == "/host/proc"
+    assert mounts["enforcer", "state"] == "/var/lib/elsewhere"
+    assert mounts["enforcer", "run"] == mounts["watcher", "run"] == "/run/elsewhere"
+
+
+def test_without_metrics_nothing_asks_for_them() -> None:
+    for supervised in (False, True):
+        found = containers(
+            render({"settings": {"metricsAddr": "off"}, "supervised": supervised})
+        )  # fmt: skip
+        for container in found.values():
+            assert "ports" not in container
+            assert "httpGet" not in json.dumps(container)
+
+
+# ---------------------------------------------------------------------- nonsense
+
+SETTINGS_REFUSED: dict[str, tuple[Object, str]] = {
+    "bounds that cross": (
+        {"minWatts": 400, "maxWatts": 300},
+        "settings.minWatts=400 is above settings.maxWatts=300: lower the first",
+    ),
+    "bounds that cross as texts": ({"minWatts": "1000", "maxWatts": "300"}, "is above"),
+    "conflict without its default": (
+        {"conflict": "safe-default"}, "missing property 'safeDefault'",
+    ),
+    "conflict with no default": (
+        {"conflict": "safe-default", "safeDefault": None}, "safeDefault",
+    ),
+    "conflict unknown": ({"conflict": "highest"}, "'lowest', 'safe-default'"),
+    "no watts": ({"minWatts": "350W"}, "watts, such as 300"),
+    "zero watts": ({"minWatts": 0}, "watts, such as 300"),
+    "zero watts as text": ({"maxWatts": "0.0"}, "watts, such as 300"),
+    "negative watts": ({"maxWatts": -1}, "watts, such as 300"),
+    "watts beyond all": ({"maxWatts": 100001}, "at most 100000"),
+    "watts beyond milliwatts": ({"minWatts": 0.0005}, "watts, such as 300"),
+    "a share of nothing": ({"safeDefault": "0%"}, "a share between 1% and 100%"),
+    "more than all": ({"safeDefault": "101%"}, "a share between 1% and 100%"),
+    "safe default in words": ({"safeDefault": "low"}, "watts, such as 300"),
+    "exit unknown": ({"onExit": "leave"}, "'restore', 'hold'"),
+    "release unknown": ({"releaseTo": "factory"}, "'original', 'default'"),
+    "lease unknown": ({"lease": "30"}, "hold, or release:<seconds>"),
+    "scan too fast": ({"scanSeconds": 0.01}, "seconds, at least 0.05"),
+    "flag in words": ({"dryRun": "yes"}, "want null or boolean"),
+    "readers by name": ({"readerUids": "root"}, "numeric user ids"),
+    "relative path": ({"stateDir": "var/lib"}, "an absolute path"),
+    "socket path too long": ({"runDir": "/" + "x" * 100}, "at most 94 characters"),
+    "cgroup unknown": ({"cgroupRoot": "kubelet"}, "auto, or a cgroup path"),
+    "address without port": ({"metricsAddr": "0.0.0.0"}, "0.0.0.0:9100"),
+    "port beyond all": ({"metricsAddr": ":65536"}, "0.0.0.0:9100"),
+    "log level unknown": ({"logLevel": "trace"}, "'debug', 'info', 'warning', 'error'"),
+    "log format unknown": ({"logFormat": "xml"}, "'json', 'text'"),
+}  # fmt: skip
+
+
+def both_parse(environment: dict[str, str]) -> None:
+    parse_settings(EnforcerSettings, environment)
+    parse_settings(WatcherSettings, environment | {"NODE_NAME": "n"})
+
+
+@pytest.mark.parametrize("case", SETTINGS_REFUSED)
+def test_helm_refuses_in_clear_words_what_the_agent_would_refuse(case: str) -> None:
+    values, words = SETTINGS_REFUSED[case]
+    assert words in refusal({"settings": values})
+    environment = {
+        variable(key): str(each) for key, each in values.items() if each is not None
+    }  # fmt: skip
+    with pytest.raises(SettingsError):
+        both_parse(environment)
+
+
+REFUSED: dict[str, tuple[Object, str]] = {
+    "no tag": ({"image": {"tag": None}}, "missing property 'tag'"),
+    "empty tag": ({"image": {"tag": ""}}, "a released version such as v1.0.0"),
+    "latest": ({"image": {"tag": "latest"}}, "not latest: nodes would run different ones"),
+    "tag that is no tag": ({"image": {"tag": "v1 0"}}, "a released version such as v1.0.0"),
+    "digest that is none": ({"image": {"digest": "sha256:1"}}, "sha256:<64 hex digits>"),
+    "root as watcher": ({"settings": {"watcherUid": 0}}, "minimum: got 0, want 1"),
+    "an annotation that is none": (
+        {"settings": {"annotation": "a b"}}, "an annotation key such as dynamo",
+    ),
+    "two namespaces": ({"settings": {"watchNamespace": "a,b"}}, "the name of one namespace"),
+    "a value misspelt": ({"settings": {"minWatt": 1}}, "additional properties 'minWatt'"),
+    "a group misspelt": ({"setting": {}}, "additional properties 'setting'"),
+    "privileges unknown": ({"privileges": "none"}, "'all', 'minimal'"),
+    "no node at a time": ({"maxUnavailable": 0}, "maxUnavailable"),
+    "policies that cross": (
+        {"admission": {"enabled": True, "minWatts": 300}, "settings": {"maxWatts": 200}},
+        "admission.minWatts=300 is above admission.maxWatts=200",
+    ),
+    "nobody in blanks": ({"admission": {"writers": ["a b"]}}, "admission/writers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_helm_refuses_in_clear_words(case: str) -> None:
+    values, words = REFUSED[case]
+    assert words in refusal(values)
+
+
+def test_what_a_cluster_is_too_old_for_is_refused() -> None:
+    old = ("--kube-version", "1.29.0")
+    assert "needs Kubernetes 1.30" in refusal({"admission": {"enabled": True}}, *old)
+    assert "needs Kubernetes 1.30" in refusal({"privileges": "minimal"}, *old)
+    assert "DaemonSet" in kinds(render({}, *old))
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_a_digest_pins_the_image() -> None:
+    digest = "sha256:" + "0" * 64
+    for container in containers(render({"image": {"digest": digest}})).values():
+        assert container["image"] == f"dynamo/power-agent:v{__version__}@{digest}"
+
+
+def test_a_cluster_without_the_runtime_class() -> None:
+    assert "runtimeClassName" not in template(render({"runtimeClassName": ""}))["spec"]
+
+
+def test_two_releases_keep_apart() -> None:
+    """One for each kind of node, with bounds of its own."""
+    one, other = render(), render(release="blue", namespace="blue")
+    assert not named(one).keys() & named(other).keys()
+    (blue,) = [each for each in other if each["kind"] == "DaemonSet"]
+    assert blue["metadata"]["name"] == "blue-power-agent"
+    assert blue["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "blue"
+    assert blue["spec"]["template"]["metadata"]["labels"]["app"] == "power-agent"
+
+
+def test_events_add_one_rule() -> None:
+    rules = named(render({"settings": {"events": True}}))["ClusterRole", "power-agent"]["rules"]
+    assert rules == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
+    ]
+
+
+def test_nothing_optional_is_there_by_default() -> None:
+    assert kinds(render({}, "--no-hooks")) == {
+        "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "DaemonSet",
+    }  # fmt: skip
+
+
+def test_the_network_policy_leaves_the_metrics_port_and_the_api_server() -> None:
+    peer = {"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}
+    address = {"ipBlock": {"cidr": "10.0.0.1/32"}}
+    values = {"enabled": True, "from": [peer], "apiServer": [address]}
+    (policy,) = [
+        each for each in render({"networkPolicy": values}) if each["kind"] == "NetworkPolicy"
+    ]
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["spec"]["ingress"] == [
+        {"ports": [{"protocol": "TCP", "port": 9100}], "from": [peer]}
+    ]
+    assert policy["spec"]["egress"] == [
+        {
+            "ports": [{"protocol": "TCP", "port": port} for port in (443, 6443)],
+            "to": [address],
+        }
+    ]
+    labels = template(render({"networkPolicy": values}))["metadata"]["labels"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_network_policy_without_metrics_lets_nobody_in() -> None:
+    values = {"networkPolicy": {"enabled": True}, "settings": {"metricsAddr": "off"}}
+    (policy,) = [each for each in render(values) if each["kind"] == "NetworkPolicy"]
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in policy["spec"]
+
+
+def test_the_policies_take_the_agents_bounds_and_annotation() -> None:
+    values = {
+        "settings": {"minWatts": 100, "maxWatts": 700, "annotation": "example.com/limit"},
+        "admission": {"enabled": True, "maxWatts": 600, "writers": ["a", "b"]},
+    }
+    objects = named(render(values))
+    assert objects["ConfigMap", "power-agent-policy"]["data"] == {
+        "minWatts": "100", "maxWatts": "600", "writers": "a\nb", "writerGroups": "",
+    }  # fmt: skip
+    text = json.dumps([each for (kind, _), each in objects.items() if kind.startswith("Valid")])
+    assert "example.com/limit" in text
+    assert "dynamo.nvidia.com" not in text
+
+
+def test_the_minimal_form_of_one_container_can_change_user_and_no_more() -> None:
+    found = containers(render({"privileges": "minimal", "supervised": True}))
+    assert found["power-agent"]["securityContext"]["capabilities"] == {
+        "drop": ["ALL"],
+        "add": ["SYS_ADMIN", "SYS_PTRACE", "SETUID", "SETGID", "KILL"],
+    }
+
+
+def test_the_notes_say_how_to_see_it_work() -> None:
+    text = helm(
+        *("install", "power-agent", str(CHART), "--namespace", NAMESPACE),
+        *("--dry-run=client", "--set", "settings.dryRun=true"),
+    ).partition("NOTES:")[2]
+    for command in (
+        "kubectl get ds -n dynamo-system power-agent",
+        "helm test power-agent -n dynamo-system",
+        "-c enforcer -- powerctl status",
+        "kubectl annotate pod POD dynamo.nvidia.com/gpu-power-limit=350",
+    ):
+        assert command in text
+    assert "DRY RUN" in text
+    assert "<no value>" not in text
+
+
+def test_the_chart_packages_whole(tmp_path: Path) -> None:
+    helm("package", str(CHART), "--destination", str(tmp_path))
+    (package,) = tmp_path.iterdir()
+    listed = subprocess.run(
+        ["tar", "-tzf", package], capture_output=True, text=True, check=True
+    ).stdout.split()  # fmt: skip
+    sources = {str(path.relative_to(CHART)) for path in CHART.rglob("*") if path.is_file()}
+    assert {each.removeprefix("power-agent/") for each in listed} == sources

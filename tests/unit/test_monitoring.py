@@ -1,0 +1,147 @@
+"""Alerts and dashboard ask for metrics that the watcher serves, by labels that they have."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from shared import messages as m
+from tests.kube.chart import DEPLOY, strings
+from tests.unit.test_metrics import parse
+from watcher import metrics
+
+MONITORING = DEPLOY / "monitoring"
+UUID = "GPU-0"
+# What the scrape itself adds (PodMonitor), and what PromQL does.
+SCRAPED = {"node", "job", "instance", "pod", "namespace", "container", "le"}
+
+
+def everything_served() -> dict[str, set[str]]:
+    """Every series name of a full metrics page, with its labels."""
+    gpu = m.Gpu(
+        index=0, uuid=UUID, name="H100", limit_mw=1, enforced_mw=1, default_mw=1, min_mw=1,
+        max_mw=1, power_mw=1, managed=True, original_mw=1, target_mw=1, pods=["p"],
+        state="managed", reason="", writes={"drift": 1}, write_failures={"unknown": 1},
+    )  # fmt: skip
+    pod = m.Pod(
+        uid="p", namespace="n", name="w", requested_mw=1, effective_mw=1, gpus=[UUID],
+        state="enforced", reason="", raw="350",
+    )  # fmt: skip
+    report = m.Report(
+        session="s", revision=1, nvml="ok", nvml_message="", gpus=[gpu], pods=[pod],
+        counters=m.Counters(),
+    )  # fmt: skip
+    page = metrics.page(metrics.Counts(), metrics.Link(True, 0.0, report, True))
+    served: dict[str, set[str]] = {}
+    for name, family in parse(page).items():
+        suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
+        for suffix in suffixes:
+            served[name + suffix] = family.label_names
+    return served
+
+
+def rules() -> list[dict[str, Any]]:
+    spec = yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text())["spec"]
+    return [rule for group in spec["groups"] for rule in group["rules"]]
+
+
+def dashboard() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())
+    return found
+
+
+def expressions() -> list[str]:
+    panels = [
+        target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())
+    ]
+    return [rule["expr"] for rule in rules()] + panels
+
+
+def labels_asked(expression: str) -> set[str]:
+    """Those in matchers and in `by`, `on`, `group_left`."""
+    matchers = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", expression)
+    grouped = re.findall(r"\b(?:by|on|without|group_left)\s*\(([^)]*)\)", expression)
+    return {*matchers, *(each.strip() for group in grouped for each in group.split(","))} - {""}
+
+
+def test_metrics_and_labels_exist() -> None:
+    served = everything_served()
+    for expression in expressions():
+        names = re.findall(r"power_agent_\w+", expression)
+        assert names or expression.startswith("up{"), expression
+        assert set(names) <= served.keys(), expression
+        known = SCRAPED.union(*(served[name] for name in names))
+        assert labels_asked(expression) <= known, expression
+
+
+def test_every_metric_is_looked_at() -> None:
+    """A metric that nobody looks at is none; the histogram's sum and count serve other tools."""
+    asked = set(re.findall(r"power_agent_\w+", " ".join(expressions())))
+    unused = everything_served().keys() - asked
+    assert unused == {
+        "power_agent_gpu_min_limit_watts",
+        "power_agent_enforcement_latency_seconds_sum",
+        "power_agent_enforcement_latency_seconds_count",
+    }
+
+
+def test_alerts_say_what_happened_and_what_to_do() -> None:
+    names = [rule["alert"] for rule in rules()]
+    assert len(set(names)) == len(names)
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_alerts_name_only_labels_that_survive_their_expression() -> None:
+    served = everything_served()
+    for rule in rules():
+        used = set(re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values())))
+        grouped = re.search(r"\bby \(([^)]*)\)", rule["expr"])
+        if grouped:
+            kept = {each.strip() for each in grouped[1].split(",")}
+        else:
+            names = re.findall(r"power_agent_\w+", rule["expr"])
+            kept = SCRAPED.union(*(served[name] for name in names))
+        assert used <= kept, rule["alert"]
+
+
+def test_the_dashboard_asks_the_data_source_that_is_chosen() -> None:
+    board = dashboard()
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert {each["name"] for each in board["templating"]["list"]} == {"datasource", "node"}
+    for panel in board["panels"]:
+        if panel["type"] != "row":
+            assert panel["datasource"]["uid"] == "${datasource}"
+            assert panel["targets"]
+
+
+def test_panels_do_not_overlap() -> None:
+    cells: set[tuple[int, int]] = set()
+    for panel in dashboard()["panels"]:
+        at = panel["gridPos"]
+        own = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert at["x"] + at["w"] <= 24
+        assert not own & cells, panel["title"]
+        cells |= own
+
+
+def test_the_monitor_finds_the_pods_and_their_port() -> None:
+    monitor = yaml.safe_load((MONITORING / "podmonitor.yaml").read_text())
+    manifest = list(yaml.safe_load_all((DEPLOY / "power_agent/daemonset.yaml").read_text()))
+    (daemonset,) = [each for each in manifest if each["kind"] == "DaemonSet"]
+    labels = daemonset["spec"]["template"]["metadata"]["labels"]
+    assert monitor["metadata"]["namespace"] == daemonset["metadata"]["namespace"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in strings(daemonset["spec"]["template"]["spec"]["containers"])
+    # Without it Prometheus would rename the limited pods' own labels to exported_pod.
+    assert endpoint["honorLabels"] is True
