@@ -89,6 +89,22 @@ test: setup ## lint and all tests; ARGS goes to pytest
 bench: setup ## the figures of the README, measured here
 	@$(PY) -m tests.bench $(ARGS)
 
+# The rest of what `make test` plays a little of: every crash point, longer attacks, more rounds.
+ROUNDS ?= 200
+SEED ?= 1
+chaos: setup ## kills, hostile clients and pods, faults at length: ROUNDS=200 SEED=1
+	@CHAOS_ROUNDS=$(ROUNDS) CHAOS_SEED=$(SEED) $(PY) -m pytest -s --timeout 300 tests/chaos $(ARGS)
+
+# atheris has no wheels for every platform and Python, so it is in no lock: without it, chance.
+SECONDS ?= 60
+fuzz: setup ## fuzz each parser for so long: SECONDS=60; ARGS='--target ledger'
+	@$(PIP) --target build/atheris --upgrade --only-binary :all: 'atheris>=3' || :
+	@PYTHONPATH=build/atheris $(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+MINUTES ?= 20
+soak: setup ## random life, faults and kills, watched from outside: MINUTES=20 SEED=1
+	@$(PY) -m tests.chaos.soak --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
 kube-assets: setup ## build etcd and kube-apiserver (Go needed, minutes once), print their folder
 	@$(PY) -m tests.kube.assets $(ARGS)
 

@@ -47,6 +47,19 @@ def connected(path: Path) -> socket.socket:
     return sock
 
 
+def shake_hands(sock: socket.socket, kind: bytes = b"DEALER") -> None:
+    """The handshake to its end: what is said before the other side's READY ends the connection.
+
+    Raises OSError.
+    """
+    sock.sendall(GREETING + ready(kind))
+    heard = b""
+    while b"READY" not in heard:
+        heard += (some := sock.recv(4096))
+        if not some:
+            raise ConnectionResetError
+
+
 class Attack:
     """One attacker: where, as whom, how long, with which pods."""
 
@@ -161,7 +174,7 @@ class Attack:
             cut = bytearray(whole[: self.chance.randrange(1, len(whole))])
             if self.chance.random() < 0.5:
                 cut[self.chance.randrange(len(cut))] = self.chance.randrange(256)
-            self._raw(bytes(cut))
+            self._raw(lambda sock, said=bytes(cut): sock.sendall(said))  # type: ignore[misc]
 
     def oversized(self) -> None:
         """Frames just above the bound, far above it, and of a length that nobody has."""
@@ -170,22 +183,32 @@ class Attack:
             claimed = self.chance.choice([2**31, 2**40, 2**63, 2**64 - 1])
             lie = bytes([_LONG]) + claimed.to_bytes(8, "big") + b"x" * 4096
             chosen = self.chance.choice([frame(bytes(size), more=False), lie])
-            self._raw(GREETING + ready() + chosen)
+            self._raw(lambda sock, said=chosen: self._say(sock, said))  # type: ignore[misc]
 
     def multipart(self) -> None:
         """One message that never ends: libzmq keeps all of it until the last frame comes."""
         part = frame(bytes(200_000), more=True)
-        while self.goes_on:
-            self._raw(GREETING + ready(), lambda: part)
 
-    def _raw(self, begin: bytes, more: Callable[[], bytes] | None = None) -> None:
+        def never_end(sock: socket.socket) -> None:
+            shake_hands(sock)
+            while self.goes_on:
+                sock.sendall(part)
+                self.sent += 1
+
+        while self.goes_on:
+            self._raw(never_end)
+
+    @staticmethod
+    def _say(sock: socket.socket, said: bytes) -> None:
+        shake_hands(sock)
+        sock.sendall(said)
+        sock.recv(1)  # until it is cut off
+
+    def _raw(self, talk: Callable[[socket.socket], None]) -> None:
         try:
             with connected(self.control) as sock:
-                sock.sendall(begin)
                 self.sent += 1
-                while more is not None and self.goes_on:
-                    sock.sendall(more())
-                    self.sent += 1
+                talk(sock)
         except OSError:
             time.sleep(0.002)  # refused, cut off, or away
 

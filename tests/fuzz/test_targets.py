@@ -1,0 +1,56 @@
+"""Each target for a short while: its corpus, changes of it, and any bytes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.mutation import mutated
+from tests.fuzz.targets import LIST, TARGETS, seeds, step_through
+
+EXAMPLES = {"ledger": 300}  # files for each
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_corpus(target: str) -> None:
+    found = seeds(target)
+    assert len(found) >= 3
+    for seed in found:
+        TARGETS[target](seed)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_changes_of_the_corpus(target: str) -> None:
+    corpus = seeds(target)
+
+    @settings(max_examples=EXAMPLES.get(target, 1500), deadline=None, database=None)
+    @given(st.integers(0, 2**64))
+    def changed(seed: int) -> None:
+        TARGETS[target](mutated(random.Random(seed), corpus))
+
+    changed()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_bytes(target: str) -> None:
+    @settings(max_examples=100, deadline=None, database=None)
+    @given(st.binary(max_size=300))
+    @example(b"")
+    def anything(data: bytes) -> None:
+        TARGETS[target](data)
+
+    anything()
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=ValueError,
+    reason="reflector._number: int() refuses more than 4300 digits, which is no ApiError",
+)
+def test_a_version_of_any_length_is_an_api_error() -> None:
+    """Only the top of the thread catches it, as an internal error, and lists again."""
+    line = b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"%s"}}}\n' % (b"9" * 5000)
+    step_through([LIST], [line], lambda _pods, _at: None)
