@@ -1,0 +1,231 @@
+"""The overlays, each installed as its head says: `kubectl apply -k deploy/overlays/...`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.cluster.agent import ANNOTATION, NAMESPACE, ROOT, Agent, annotate
+from tests.cluster.cluster import Cluster, Object, worker
+from tests.cluster.conftest import MakeWorker, Place
+from tests.cluster.node import PRIVATE_CGROUPS_RUNTIME
+from tests.cluster.simulator import Gpus
+from tests.cluster.test_privileges import status_field
+from tests.cluster.waiting import wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+Install = Callable[..., Agent]
+
+
+@pytest.fixture
+def install(place: Place) -> Iterator[Install]:
+    """An overlay in place of whatever was there; removed at the end, for it may bring more."""
+    installed: list[Agent] = []
+
+    def make(name: str, *patches: Object, container: str = "enforcer", ready: bool = True) -> Agent:
+        Agent(place.cluster, place.image).delete()
+        source = ROOT / "deploy/overlays" / name
+        agent = Agent(place.cluster, place.image, source=source, container=container)
+        installed.append(agent)
+        agent.deploy(*patches, wait=ready)
+        if ready:
+            agent.wait_ready()
+        else:
+            wait_for(agent.pods, 30, "a pod of the agent")
+        return agent
+
+    yield make
+    for agent in installed:
+        agent.delete()
+
+
+def check_it_enforces(gpus: Gpus, cluster: Cluster, make_worker: MakeWorker) -> None:
+    make_worker("limited", 0, watts="300")
+    gpus.wait_limit(0, 300_000)
+    annotate(cluster, "limited", "350")
+    gpus.wait_limit(0, 350_000)
+    cluster.kubectl("delete", "pod", "limited")
+    gpus.wait_limit(0, 700_000, timeout_s=5)
+
+
+# ---------------------------------------------------------------------- reduced-privileges
+
+
+def test_reduced_privileges_enforces_without_privileged(
+    install: Install, gpus: Gpus, cluster: Cluster, make_worker: MakeWorker
+) -> None:
+    agent = install("reduced-privileges")
+    enforcer = next(c for c in agent.pod()["spec"]["containers"] if c["name"] == "enforcer")
+    assert enforcer["securityContext"]["privileged"] is False
+    assert status_field(gpus, "enforcer", "CapEff") == f"{1 << 21:016x}"
+    assert status_field(gpus, "enforcer", "Seccomp") == "2"
+    check_it_enforces(gpus, cluster, make_worker)
+
+
+def test_reduced_privileges_in_a_private_cgroup_namespace_joins_the_hosts(
+    place: Place, install: Install, gpus: Gpus, cluster: Cluster, make_worker: MakeWorker
+) -> None:
+    """Where it stays in its own, every path is relative and a pod could pass for another."""
+    agent = install("reduced-privileges", *_private_cgroups(place))
+    (pid,) = gpus.programs("enforcer")
+    hosts = gpus.shell("readlink /proc/1/ns/cgroup")
+    # The watcher is still where the runtime put it; an exec into the enforcer follows the enforcer.
+    assert agent.exec("watcher", "readlink", "/proc/self/ns/cgroup").stdout.decode() != hosts
+    assert gpus.shell(f"readlink /proc/{pid}/ns/cgroup") == hosts
+    assert status_field(gpus, "enforcer", "CapEff") == f"{1 << 21:016x}"
+    check_it_enforces(gpus, cluster, make_worker)
+
+
+def test_an_enforcer_that_cannot_join_the_hosts_cgroup_namespace_says_what_it_lacks(
+    place: Place, install: Install, gpus: Gpus, make_worker: MakeWorker
+) -> None:
+    if place.node is None:
+        pytest.skip("it has to be a private one, and this cluster was given")
+    security = {"capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}
+    lacking = _patch({"containers": [{"name": "enforcer", "securityContext": security}]})
+    before = len(gpus.sets(0))
+    agent = install("reduced-privileges", *_private_cgroups(place), lacking, ready=False)
+    make_worker("unseen", 0, watts="300")
+    wait_for(lambda: agent.restarts("enforcer") >= 1, 60, "the enforcer to give up")
+    state = agent.container_status("enforcer")["lastState"]["terminated"]
+    assert state["exitCode"] == 2
+    assert "CAP_SYS_PTRACE" in agent.log("enforcer", "--previous")
+    assert len(gpus.sets(0)) == before
+
+
+def test_without_host_pid_the_enforcer_says_so_and_touches_nothing(
+    install: Install, gpus: Gpus, make_worker: MakeWorker
+) -> None:
+    before = len(gpus.sets(0))
+    agent = install("../power_agent", _patch({"hostPID": False}), ready=False)
+    make_worker("unseen", 0, watts="300")
+    wait_for(lambda: agent.restarts("enforcer") >= 1, 60, "the enforcer to give up")
+    assert agent.container_status("enforcer")["lastState"]["terminated"]["exitCode"] == 2
+    assert "hostPID: true" in agent.log("enforcer", "--previous")
+    assert len(gpus.sets(0)) == before
+
+
+def _patch(spec: Object) -> Object:
+    """Of the pod's specification."""
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": {"name": "power-agent", "namespace": NAMESPACE},
+        "spec": {"template": {"spec": spec}},
+    }
+
+
+def _private_cgroups(place: Place) -> list[Object]:
+    """The patch that gives unprivileged containers their own, where the runtime does not."""
+    if place.node is None:
+        return []  # the node's own runtime does it, if it has cgroups of version 2
+    name = PRIVATE_CGROUPS_RUNTIME
+    place.cluster.apply(
+        {
+            "apiVersion": "node.k8s.io/v1",
+            "kind": "RuntimeClass",
+            "metadata": {"name": name},
+            "handler": name,
+        }
+    )
+    return [_patch({"runtimeClassName": name})]
+
+
+# ---------------------------------------------------------------------- supervised
+
+
+@pytest.fixture
+def supervised(install: Install) -> Agent:
+    return install("supervised", container="power-agent")
+
+
+def test_supervised_enforces_and_tells_both_programs_in_one_log(
+    supervised: Agent, gpus: Gpus, cluster: Cluster, make_worker: MakeWorker
+) -> None:
+    check_it_enforces(gpus, cluster, make_worker)
+    lines = [json.loads(line) for line in supervised.log("power-agent").splitlines()
+             if line.startswith("{")]  # fmt: skip
+    assert {"watcher", "enforcer"} <= {line["component"] for line in lines}
+    assert any(line["event"] == "token_readable" for line in lines)
+    assert status_field(gpus, "enforcer", "CapEff") == f"{1 << 21:016x}"
+    assert status_field(gpus, "watcher", "Uid").split() == ["65532"] * 4
+
+
+@pytest.mark.parametrize("program", ["enforcer", "watcher"])
+def test_supervised_starts_a_killed_program_again_in_the_same_container(
+    program: str, supervised: Agent, gpus: Gpus, make_worker: MakeWorker
+) -> None:
+    make_worker("patient", 0, watts="300")
+    gpus.wait_limit(0, 300_000)
+    before = len(gpus.sets(0))
+    killed = gpus.programs(program)
+    gpus.kill_program(program)
+    wait_for(lambda: gpus.programs(program) not in ([], killed), 20, "the program again")
+    make_worker("later", 1, watts="400")
+    gpus.wait_limit(1, 400_000)
+    assert len(gpus.sets(0)) == before
+    assert supervised.restarts("power-agent") == 0
+
+
+def test_supervised_kills_an_enforcer_that_hangs_and_no_limit_moves(
+    supervised: Agent, gpus: Gpus, make_worker: MakeWorker
+) -> None:
+    make_worker("patient", 0, watts="300")
+    gpus.wait_limit(0, 300_000)
+    before = len(gpus.sets(0))
+    hung = gpus.programs("enforcer")
+    gpus.signal_program("enforcer", "STOP")
+    wait_for(lambda: gpus.programs("enforcer") not in ([], hung), 60, "another enforcer")
+    make_worker("later", 1, watts="400")
+    gpus.wait_limit(1, 400_000)
+    assert len(gpus.sets(0)) == before
+    assert supervised.restarts("power-agent") == 0
+
+
+# ---------------------------------------------------------------------- namespaced, dry run
+
+
+def test_namespaced_limits_pods_of_its_namespace_and_no_others(
+    install: Install, place: Place, gpus: Gpus, make_worker: MakeWorker
+) -> None:
+    agent = install("namespaced")
+    cluster = place.cluster
+    for kind in ("clusterrole", "clusterrolebinding"):
+        assert cluster.gone(kind, "power-agent")
+    account = f"--as=system:serviceaccount:{NAMESPACE}:power-agent"
+    may = ("auth", "can-i", "list", "pods", account)
+    assert cluster.run(*may, "-n", "default").stdout.strip() == b"yes"
+    assert cluster.run(*may, "-n", NAMESPACE).stdout.strip() == b"no"
+    elsewhere = worker("elsewhere", [1], place.image, annotations={ANNOTATION: "300"})
+    elsewhere["metadata"]["namespace"] = "other"
+    cluster.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "other"}}, elsewhere
+    )
+    try:
+        cluster.kubectl(
+            "wait", "-n", "other", "pod/elsewhere", "--for=condition=Ready", "--timeout=60s"
+        )
+        before = len(gpus.sets(1))
+        make_worker("here", 0, watts="300")
+        gpus.wait_limit(0, 300_000)
+        assert len(gpus.sets(1)) == before
+        assert [pod["name"] for pod in agent.status()["pods"]] == ["here"]
+    finally:
+        cluster.kubectl("delete", "namespace", "other")
+
+
+def test_dry_run_decides_and_writes_nothing(
+    install: Install, gpus: Gpus, make_worker: MakeWorker
+) -> None:
+    agent = install("dry-run")
+    before = [len(gpus.sets(index)) for index in range(gpus.count)]
+    make_worker("tried", 0, watts="300")
+
+    def told() -> bool:
+        return "would be" in agent.status()["gpus"][0]["reason"]
+
+    wait_for(told, 10, "what it would do")
+    assert [len(gpus.sets(index)) for index in range(gpus.count)] == before
