@@ -101,6 +101,10 @@ fuzz: setup ## fuzz each parser for so long: SECONDS=60; ARGS='--target ledger'
 	@$(PIP) --target build/atheris --upgrade --only-binary :all: 'atheris>=3' || :
 	@PYTHONPATH=build/atheris $(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
+MINUTES ?= 20
+soak: setup ## random life, faults and kills, watched from outside: MINUTES=20 SEED=1
+	@$(PY) -m tests.chaos.soak --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
 kube-assets: setup ## build etcd and kube-apiserver (Go needed, minutes once), print their folder
 	@$(PY) -m tests.kube.assets $(ARGS)
 

@@ -48,9 +48,10 @@ class Life:
         weights, steps = zip(*choices, strict=True)
         chosen = self._chance.choices(steps, weights)[0]
         self.done[chosen.__name__] += 1
-        self._outside.look()
-        chosen()
-        self._outside.look()
+        with self._outside.lock:
+            self._outside.look()
+            chosen()
+            self._outside.look()
 
     def _limit(self) -> str:
         """Now and then outside the bounds; never one that a GPU was found with."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -25,26 +26,28 @@ _FOUND_MW = 650_000
 class Outside:
     """One node, seen from outside; `witness` keeps what was seen."""
 
-    def __init__(self, node: SimNode, lag_s: float = 10) -> None:
+    def __init__(self, node: SimNode) -> None:
         self.node, self.names = node, set[tuple[str, str]]()
         for number, gpu in enumerate(node.gpus):
             gpu.limit_mw = _FOUND_MW + number * 1000  # distinct, and asked for by nobody
         self.boards = [
             Board(gpu.uuid, LOW_W * 1000, HIGH_W * 1000, gpu.limit_mw) for gpu in node.gpus
         ]
-        self.witness = Witness(self.boards, lag_ns=round(lag_s * 1e9))
+        self.witness = Witness(self.boards)
         self._folders = {gpu.uuid: gpu.folder for gpu in node.gpus}
-        self.ending = False
+        self.calm = True
+        self.lock = threading.RLock()  # held while something is done between two looks
 
     # -- looking --
 
     def look(self) -> View:
         """Note what is to be seen now."""
-        asks, ids = self._pods()
-        on = {board.uuid: self._users(board.uuid, ids) for board in self.boards}
-        view = View(time.monotonic_ns(), on, asks, self.ending)
-        self.witness.see(view)
-        return view
+        with self.lock:
+            asks, ids = self._pods()
+            on = {board.uuid: self._users(board.uuid, ids) for board in self.boards}
+            view = View(time.monotonic_ns(), on, asks, calm=self.calm)
+            self.witness.see(view)
+            return view
 
     def _pods(self) -> tuple[dict[str, int | None], dict[str, str]]:
         """What each annotated pod asks, and the pod that each id in a cgroup means."""

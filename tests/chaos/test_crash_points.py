@@ -56,7 +56,7 @@ POINTS = list(_points())
 # Those between which something lasting changes are always played, the others by chance.
 _LASTING = {("set", "before"), ("set", "after"), ("ledger-rename", "after")}
 _ALWAYS = [p for p in POINTS if (p.operation, p.when) in _LASTING and p.nth == 1]
-_SOME = random.Random(SEED).sample([p for p in POINTS if p not in _ALWAYS], 8)
+_SOME = random.Random(SEED).sample([p for p in POINTS if p not in _ALWAYS], 4)
 PLAYED = POINTS if WHOLE else [*_ALWAYS, *_SOME]
 
 
@@ -162,3 +162,35 @@ def test_killed_at_a_named_point_ends_as_without(point: Point) -> None:
     node = CrashingNode(gpus=3)
     with node:
         play(node, point)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a ledger that is older than the release mends a 'drift' on a GPU that nobody was given",
+)
+def test_i1_killed_between_giving_back_and_its_entry_a_stranger_is_not_limited() -> None:
+    """Released on the hardware, still in the ledger: the next start must not write it again.
+
+    Here the watcher is away (or its API server is), so that may last; a stranger has the GPU.
+    """
+    node = CrashingNode(gpus=3)
+    with node:
+        node.gpus[0].limit_mw = 650_000
+        node.point = Point("release", "set", "after", 1)
+        pid = node.run_pod(A)
+        node.start()
+        node.snapshot({A: 300})
+        node.end(pid)
+        node.looks()
+        node.arm()
+        node.wish({})
+        assert node.process is not None
+        assert node.process.wait(8) == -signal.SIGKILL
+        assert node.limit() == 650
+        node.point = None
+        node.run_host(0)
+        sets = node.writes()
+        node.start()
+        node.looks(5)
+        assert node.limit() == 650
+        assert node.writes() == sets

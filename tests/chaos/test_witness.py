@@ -15,9 +15,11 @@ def a_set(at_s: float, limit_mw: int, *, result: int = 0) -> SetRecord:
     return SetRecord(0, round(at_s * S), 1, G, limit_mw, result)
 
 
-def view(at_s: float, *on: str, ending: bool = False, **asks: int | None) -> View:
+def view(
+    at_s: float, *on: str, ending: bool = False, calm: bool = True, **asks: int | None
+) -> View:
     named = {name.replace("_", "-"): mw for name, mw in asks.items()}
-    return View(round(at_s * S), {G: frozenset(on)}, named, ending)
+    return View(round(at_s * S), {G: frozenset(on)}, named, ending, calm)
 
 
 def judged(views: list[View], *sets: SetRecord) -> list[str]:
@@ -74,6 +76,12 @@ RUNS = [view(t, A, pod_a=300_000) for t in range(20)]
             [a_set(15, 270_000)],
             "nobody on it asked",
             id="asked-long-ago",
+        ),
+        pytest.param(
+            [view(0, A, pod_a=270_000, calm=False), *RUNS[1:]],
+            [a_set(15, 270_000)],
+            None,
+            id="asked-long-ago-amid-trouble",
         ),
         pytest.param(
             RUNS, [a_set(15 + k / 20, 300_000) for k in range(15)], "within", id="too-fast"

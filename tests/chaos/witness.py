@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from tests.simnode.gpus import SetRecord
 
 S = 1_000_000_000
-# Lists that were read this long ago may still lead to a write: a scan, a slow call, a busy machine.
-SCAN_NS = 3 * S
 SETS_A_SECOND = 12  # "about ten"
 
 
@@ -37,13 +35,15 @@ class Board:
 class View:
     """One moment: pods with a living process on each GPU, what each annotated pod asks.
 
-    `asks` has None for a value that cannot be used. `ending`: a clean stop was ordered.
+    `asks` has None for a value that cannot be used. `ending`: a clean stop was ordered. `calm`:
+    no fault is at work that keeps the agent from seeing or doing.
     """
 
     at_ns: int
     on: Mapping[str, frozenset[str]]
     asks: Mapping[str, int | None]
     ending: bool = False
+    calm: bool = True
 
 
 @dataclass
@@ -56,10 +56,15 @@ class _Held:
 
 @dataclass
 class Witness:
-    """`lag_ns`: how old an annotation may be that is acted on (outages make it older)."""
+    """`lag_ns`: how old an annotation may be that is acted on, `scan_ns`: how old a process list.
+
+    `trouble_ns`: both, where faults were at work lately.
+    """
 
     boards: Iterable[Board]
     lag_ns: int = 10 * S
+    scan_ns: int = 3 * S
+    trouble_ns: int = 60 * S
     views: list[View] = field(default_factory=list)
     judged: int = 0
     held: dict[str, _Held] = field(default_factory=dict)
@@ -76,6 +81,11 @@ class Witness:
         first = bisect_left(self.views, begin_ns, key=lambda view: view.at_ns)
         last = bisect_right(self.views, end_ns, key=lambda view: view.at_ns)
         return self.views[max(0, first - 1) : last + 1]
+
+    def _back(self, from_ns: int, lag_ns: int) -> int:
+        """The moment `lag_ns` before; longer before where there was trouble."""
+        lately = self._during(from_ns - self.trouble_ns, from_ns)
+        return from_ns - (lag_ns if all(view.calm for view in lately) else self.trouble_ns)
 
     def judge(self, sets: list[SetRecord]) -> list[str]:
         """What is wrong with the sets that came since this was last asked."""
@@ -101,11 +111,11 @@ class Witness:
     def _judge_limit(self, board: Board, record: SetRecord, held: _Held | None) -> str | None:
         now_ns = record.monotonic_ns
         since_ns = held.since_ns if held else now_ns
-        there = self._during(since_ns - SCAN_NS, now_ns)
+        there = self._during(self._back(since_ns, self.scan_ns), now_ns)
         users = {uid for view in there for uid in view.on.get(board.uuid, ()) if uid in view.asks}
         if not users:
             return f"no process of an annotated pod: {record}"
-        told = self._during(min(since_ns if held else now_ns, now_ns - self.lag_ns), now_ns)
+        told = self._during(min(since_ns, self._back(now_ns, self.lag_ns)), now_ns)
         asked = {mw for view in told for uid in users if (mw := view.asks.get(uid)) is not None}
         if record.requested_mw not in {board.clamp(mw) for mw in asked}:
             return f"nobody on it asked for that, but {sorted(asked)}: {record}"
@@ -114,8 +124,9 @@ class Witness:
     def _judge_giving_back(self, board: Board, record: SetRecord) -> str | None:
         """I4: not while a pod with a usable wish runs on it without a pause."""
         now_ns = record.monotonic_ns
-        during = self._during(now_ns - self.lag_ns, now_ns)
-        if not during or during[0].at_ns > now_ns - self.lag_ns or any(v.ending for v in during):
+        since_ns = self._back(now_ns, self.lag_ns)
+        during = self._during(since_ns, now_ns)
+        if not during or during[0].at_ns > since_ns or any(v.ending for v in during):
             return None
         always = set.intersection(
             *(
