@@ -28,23 +28,32 @@ class RefusedError(Exception):
     """Helm's own words."""
 
 
-def helm(*arguments: str, stdin: str = "") -> str:
-    """What helm prints; the test is skipped where there is no helm."""
+def helm_binary() -> Path:
+    """The real helm; the test is skipped where there is none, or fails where there must be."""
     try:
         binary = helm_assets.find()
     except assets.AssetsError as error:
         pytest.fail(str(error), pytrace=False)
     if binary is None:
-        pytest.skip("no helm: python -m tests.kube.helm_assets builds it (needs Go)")
+        reason = "no helm: python -m tests.kube.helm_assets builds it (needs Go)"
+        if os.environ.get("POWER_AGENT_REQUIRE_HELM") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return binary
+
+
+def helm(*arguments: str, stdin: str = "", kubeconfig: str | Path = os.devnull) -> str:
+    """What helm prints; it knows no cluster unless one is given."""
+    binary = helm_binary()
     with tempfile.TemporaryDirectory(prefix="power-agent-helm-") as home:
         own = {f"HELM_{each}_HOME": home for each in ("CACHE", "CONFIG", "DATA")}
         done = subprocess.run(
             [binary, *arguments],
-            env=os.environ | own | {"KUBECONFIG": os.devnull},
+            env=os.environ | own | {"KUBECONFIG": str(kubeconfig)},
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
     if done.returncode != 0:

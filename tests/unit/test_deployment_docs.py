@@ -1,0 +1,76 @@
+"""docs/deployment.md names files, values and overlays that are there and work."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.kube.chart import CHART, DEPLOY, ROOT, containers, kustomize, literals, template
+
+TEXT = (ROOT / "docs/deployment.md").read_text()
+EXAMPLES = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_every_path_exists() -> None:
+    paths = set(re.findall(r"\bdeploy/[\w./-]*\w", TEXT)) - {file for file, _ in EXAMPLES}
+    assert len(paths) > 5
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_every_link_leads_somewhere() -> None:
+    headings = {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        file, _, anchor = target.partition("#")
+        if file:
+            assert (ROOT / "docs" / file).resolve().exists(), target
+        else:
+            assert anchor in headings, target
+
+
+def test_every_overlay_is_described() -> None:
+    told = set(re.findall(r"^\| `([a-z-]+)` \|", TEXT, re.MULTILINE))
+    assert {each.name for each in (DEPLOY / "overlays").iterdir()} <= told
+
+
+def test_every_value_is_one() -> None:
+    values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    groups = "|".join(values)
+    for name in re.findall(rf"\b((?:{groups})\.[\w.]*\w)", TEXT):
+        if name.endswith((".yaml", ".json")):
+            continue
+        found: Any = values
+        for key in name.split("."):
+            assert key in found, name
+            found = found[key]
+
+
+@pytest.fixture
+def deploy(tmp_path: Path) -> Path:
+    """A copy, to add to."""
+    return Path(shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("helm")))
+
+
+def test_the_overlays_of_the_examples_build(deploy: Path) -> None:
+    assert len(EXAMPLES) == 2
+    made = []
+    for file, text in EXAMPLES:
+        path = deploy.parent / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        made.append(kustomize(path.parent))
+    bare, combined = made
+    assert "runtimeClassName" not in template(bare)["spec"]
+    mounted = {each["name"] for each in containers(bare)["enforcer"]["volumeMounts"]}
+    assert mounted == {"run", "state", "driver"}
+    enforcer = containers(combined)["enforcer"]
+    assert enforcer["image"] == "images.example.com/dynamo/power-agent:v1.0.0"
+    assert enforcer["securityContext"]["privileged"] is False
+    assert literals(enforcer)["POWER_AGENT_ON_EXIT"] == "hold"
