@@ -168,9 +168,9 @@ def _package_index(scratch: Path) -> Iterator[list[str]]:
 
 
 def build_image(
-    build: Builder, tag: str = IMAGE, *, labels: Sequence[str] = (), base: str | None = None
+    build: Builder, tag: str = IMAGE, *, cached: bool = True, base: str | None = None
 ) -> str:
-    """The Dockerfile's image, from layers that were built before where nothing has changed."""
+    """The Dockerfile's image; `cached`: from layers of earlier builds where nothing changed."""
     with (
         tempfile.TemporaryDirectory(prefix="power-agent-image-") as scratch,
         _package_index(Path(scratch)) as index,
@@ -180,11 +180,10 @@ def build_image(
             "--isolation=chroot",
             "--network=host",
             "--format=docker",  # the other format has no health check
-            "--layers",
+            "--layers" if cached else "--no-cache",
             # Same sources, same bytes.
             "--timestamp=0",
             *_LIMITS,
-            *(f"--label={label}" for label in labels),
             f"--build-arg=BASE={base or make_base(build)}",
             *index,
             f"--tag={tag}",

@@ -105,7 +105,7 @@ def test_a_killed_container_comes_back_and_no_limit_moved(
     make_worker("after", 1, watts="400")  # it enforces again
     gpus.wait_limit(1, 400_000)
     cluster.kubectl("delete", "pod", "surviving")
-    gpus.wait_limit(0, 700_000, timeout_s=5)
+    gpus.wait_limit(0, 700_000)
 
 
 def test_a_pod_deleted_while_the_enforcer_is_dead_is_given_back_by_the_next_one(

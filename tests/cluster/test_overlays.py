@@ -48,7 +48,7 @@ def check_it_enforces(gpus: Gpus, cluster: Cluster, make_worker: MakeWorker) -> 
     annotate(cluster, "limited", "350")
     gpus.wait_limit(0, 350_000)
     cluster.kubectl("delete", "pod", "limited")
-    gpus.wait_limit(0, 700_000, timeout_s=5)
+    gpus.wait_limit(0, 700_000)
 
 
 # ---------------------------------------------------------------------- reduced-privileges
