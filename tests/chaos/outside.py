@@ -35,7 +35,7 @@ class Outside:
         ]
         self.witness = Witness(self.boards)
         self._folders = {gpu.uuid: gpu.folder for gpu in node.gpus}
-        self.calm = True
+        self.calm, self.ending = True, False
         self.lock = threading.RLock()  # held while something is done between two looks
 
     # -- looking --
@@ -45,7 +45,7 @@ class Outside:
         with self.lock:
             asks, ids = self._pods()
             on = {board.uuid: self._users(board.uuid, ids) for board in self.boards}
-            view = View(time.monotonic_ns(), on, asks, calm=self.calm)
+            view = View(time.monotonic_ns(), on, asks, self.ending, self.calm)
             self.witness.see(view)
             return view
 
@@ -77,6 +77,15 @@ class Outside:
                 if match:
                     found.add(ids.get(match[1], match[1]))
         return frozenset(found)
+
+    def kill(self, program: str) -> None:
+        """kill -9; where it is supervisord, its programs may yet hear SIGTERM: launch.py sees to
+        that by PR_SET_PDEATHSIG, since outside a container nothing else ends them."""
+        self.ending = program == "supervisord"
+        self.look()
+        self.node.kill(program)
+        self.look()
+        self.ending = False
 
     # -- judging --
 

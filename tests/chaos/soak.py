@@ -126,7 +126,7 @@ class Leg:
         for name in self._chance.sample(names, self._chance.choice([1, 1, 2])):
             with contextlib.suppress(LookupError):
                 if self.node.programs["supervisord"].alive() or not self.node.supervised:
-                    self.node.kill(name)
+                    self.outside.kill(name)
                     self._tally.kills[name] += 1
         if self._chance.random() < 0.7:
             time.sleep(self._chance.choice([0, 0.01, 0.1, 1.0]))

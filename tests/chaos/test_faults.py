@@ -153,7 +153,7 @@ def test_an_enforcer_stuck_in_the_driver_is_restarted_by_the_watchdog() -> None:
         pod = node.add_pod("trainer", 350, [0])
         node.wait_for_limit(0, 350)
         stuck = node.pid("enforcer")
-        time.sleep(6)  # the watchdog kills only one that it has heard before
+        time.sleep(12)  # the watchdog kills only one that it has heard before, at a tick of its
         node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", delay_ms=30_000, count=1)
         node.annotate(pod, 300)
 

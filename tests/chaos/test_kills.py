@@ -59,7 +59,7 @@ class Killing:
     def _kill_supervised(self) -> None:
         for victim in [*self._victims(), *["supervisord"] * (self._chance.random() < 0.3)]:
             with contextlib.suppress(LookupError):  # it waits for its next start
-                self.node.kill(victim)
+                self.outside.kill(victim)
         self.life.step()
         if not self.node.programs["supervisord"].alive():
             assert not self.outside.lost()
