@@ -218,7 +218,7 @@ SETTINGS_REFUSED: dict[str, tuple[Object, str]] = {
     ),
     "bounds that cross as texts": ({"minWatts": "1000", "maxWatts": "300"}, "is above"),
     "conflict without its default": (
-        {"conflict": "safe-default"}, "missing property 'safeDefault'",
+        {"conflict": "safe-default"}, "safeDefault",
     ),
     "conflict with no default": (
         {"conflict": "safe-default", "safeDefault": None}, "safeDefault",

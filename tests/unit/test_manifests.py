@@ -212,11 +212,13 @@ def test_probes_ask_the_programs_themselves(containers: dict[str, Object]) -> No
     watcher, enforcer = containers["watcher"], containers["enforcer"]
     assert watcher["ports"] == [{"name": "metrics", "containerPort": 9100, "protocol": "TCP"}]
     assert watcher["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert watcher["startupProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
     assert watcher["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert enforcer[probe]["exec"]["command"] == ["powerctl", "ping"]
-        # powerctl waits two seconds by itself, and Python has to start first.
-        assert enforcer[probe]["timeoutSeconds"] > 3
+        *command, wait_s = enforcer[probe]["exec"]["command"]
+        assert command == ["powerctl", "ping", "--timeout"]
+        # Python has to start first, which takes long where all processors are taken.
+        assert enforcer[probe]["timeoutSeconds"] >= int(wait_s) + 2
 
 
 def test_both_have_memory_limits_and_no_cpu_limit(containers: dict[str, Object]) -> None:

@@ -22,6 +22,14 @@
     seccompProfile:
       type: RuntimeDefault
   {{- if include "power-agent.metricsPort" . }}
+  # Two minutes: on a node whose processors are all taken its start takes many seconds.
+  startupProbe:
+    httpGet:
+      path: /healthz
+      port: metrics
+    periodSeconds: 2
+    timeoutSeconds: 3
+    failureThreshold: 60
   livenessProbe:
     httpGet:
       path: /healthz
@@ -57,21 +65,22 @@
     {{- include "power-agent.enforcerEnv" . | nindent 4 }}
   securityContext:
     {{- include "power-agent.rootSecurityContext" (dict "values" .Values "capabilities" list) | nindent 4 }}
+  # A ping takes a tenth of a second of processor time, and the node may be busy: patience.
   # An hour: where another agent still holds the node's ledger, this one waits for it.
   startupProbe:
     {{- include "power-agent.ping" . | nindent 4 }}
     periodSeconds: 5
-    timeoutSeconds: 5
+    timeoutSeconds: 10
     failureThreshold: 720
   livenessProbe:
     {{- include "power-agent.ping" . | nindent 4 }}
     periodSeconds: 20
-    timeoutSeconds: 5
+    timeoutSeconds: 10
     failureThreshold: 3
   readinessProbe:
     {{- include "power-agent.ping" . | nindent 4 }}
     periodSeconds: 20
-    timeoutSeconds: 5
+    timeoutSeconds: 10
     failureThreshold: 1
   resources:
     {{- toYaml .Values.resources.enforcer | nindent 4 }}
@@ -93,6 +102,14 @@
     # supervisord starts the watcher as another user, and has to be able to end it.
     {{- include "power-agent.rootSecurityContext" (dict "values" .Values "capabilities" (list "SETUID" "SETGID" "KILL")) | nindent 4 }}
   {{- if include "power-agent.metricsPort" . }}
+  # Two minutes: on a node whose processors are all taken a start takes many seconds.
+  startupProbe:
+    httpGet:
+      path: /healthz
+      port: metrics
+    periodSeconds: 2
+    timeoutSeconds: 3
+    failureThreshold: 60
   # The watchdog inside minds both programs; this asks for what it cannot mend.
   livenessProbe:
     httpGet:
@@ -113,7 +130,7 @@
   readinessProbe:
     {{- include "power-agent.ping" . | nindent 4 }}
     periodSeconds: 20
-    timeoutSeconds: 5
+    timeoutSeconds: 10
     failureThreshold: 1
   {{- end }}
   resources:

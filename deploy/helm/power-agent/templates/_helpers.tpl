@@ -166,7 +166,7 @@ appArmorProfile:
 
 {{- define "power-agent.ping" -}}
 exec:
-  command: ["powerctl", "ping"]
+  command: ["powerctl", "ping", "--timeout", "8"]
 {{- end }}
 
 {{- define "power-agent.rootMounts" -}}
