@@ -83,9 +83,11 @@ class Outside:
         that by PR_SET_PDEATHSIG, since outside a container nothing else ends them."""
         self.ending = program == "supervisord"
         self.look()
-        self.node.kill(program)
-        self.look()
-        self.ending = False
+        try:
+            self.node.kill(program)
+        finally:
+            self.look()
+            self.ending = False
 
     # -- judging --
 
