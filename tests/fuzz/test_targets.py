@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from enforcer.ledger import Ledger
 from tests.fuzz.mutation import mutated
-from tests.fuzz.targets import LIST, TARGETS, seeds, step_through
+from tests.fuzz.targets import BOOT, LIST, TARGETS, seeds, step_through
 
 EXAMPLES = {"ledger": 300}  # files for each
 
@@ -58,3 +60,18 @@ DEEP = b'{"type":"ADDED","object":{"x":%s}}' % (b"[" * 5000)
 def test_what_an_api_server_may_answer_is_an_api_error(line: bytes) -> None:
     """Only the top of the thread catches it, as an internal error, and lists for each."""
     step_through([LIST], [line + b"\n"], lambda _pods, _at: None)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RecursionError,
+    reason="Ledger.load: msgspec raises RecursionError for what is nested, at every start again",
+)
+def test_a_damaged_ledger_that_is_nested_is_moved_aside(tmp_path: Path) -> None:
+    nested = b'{"version": 1, "boot_id": "%s", "gpus": {}, "x": %s}' % (BOOT.encode(), b"[" * 5000)
+    (tmp_path / "ledger.json").write_bytes(nested)
+    ledger = Ledger(tmp_path, BOOT)
+    try:
+        assert ledger.load()
+    finally:
+        ledger.close()
