@@ -1,8 +1,9 @@
 """Supervisord's event listener: kills an enforcer that hangs, ends what is beyond saving.
 
-An enforcer hangs when it answered before and then left several pings in a row unanswered. (One
-that never answered may be waiting for another agent on this node to go.) SIGKILL is what it
-gets: a process that no longer turns handles no other signal, and limits and ledger outlive it.
+An enforcer hangs when it answered before and then left several pings in a row unanswered. One
+that never answered may be waiting for another agent on this node to go, so it is given minutes;
+if it did wait, it waits on after its restart. SIGKILL is what it gets: a process that no longer
+turns handles no other signal, and limits and ledger outlive it.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ from shared.settings import CommonSettings, SettingsError, parse_settings
 from shared.transport import Client, TransportError
 
 PING_TIMEOUT_S = 2.0
-UNANSWERED = 3  # pings in a row, one every five seconds (TICK_5)
+# Pings in a row, one every five seconds (TICK_5).
+UNANSWERED = 3
+UNANSWERED_FROM_THE_START = 60
 PROC = Path("/proc")
 
 
@@ -69,6 +72,7 @@ class Watchdog:
             self._running = event == "PROCESS_STATE_RUNNING"
             self._has_answered = False
             self._unanswered = 0
+            self._tick()  # at once: the sooner it has answered, the sooner a hang shows
 
     def _tick(self) -> None:
         if not self._running:
@@ -77,12 +81,13 @@ class Watchdog:
             self._has_answered = True
             self._unanswered = 0
             return
-        self._unanswered += self._has_answered
-        if self._unanswered < UNANSWERED:
+        self._unanswered += 1
+        patience = UNANSWERED if self._has_answered else UNANSWERED_FROM_THE_START
+        if self._unanswered < patience:
             return
         self._unanswered = 0
         for pid in children_named("enforcer", self._supervisor):
-            self._log.error("enforcer_hangs", pid=pid, unanswered=UNANSWERED)
+            self._log.error("enforcer_hangs", pid=pid, unanswered=patience)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

@@ -164,11 +164,12 @@ class Agent:
         return "\n".join(
             [
                 self.cluster.run("describe", "pods", "-n", NAMESPACE).stdout.decode(),
-                *(self.cluster.run("logs", "-n", NAMESPACE, "-l", f"app={NAME}", "-c", container,
-                                   "--tail=20").stdout.decode()
-                  for container in ("watcher", "enforcer")),
+                self.cluster.run(
+                    *("logs", "-n", NAMESPACE, "-l", f"app={NAME}", "--all-containers"),
+                    *("--prefix", "--tail=20"),
+                ).stdout.decode(),
             ]
-        )  # fmt: skip
+        )
 
 
 def _relative(path: Path, folder: Path) -> Path:

@@ -27,10 +27,6 @@ for _ in range(2 * multiprocessing.cpu_count()):
 WATCHED_S = 90.0
 
 
-@pytest.mark.xfail(
-    strict=False,  # it depends on how much else this machine does
-    reason="the probes and the 10m of processor in the manifest end programs that are merely slow",
-)
 def test_no_probe_ends_an_agent_that_is_merely_slow(
     place: Place, agent: Agent, gpus: Gpus, make_worker: MakeWorker
 ) -> None:

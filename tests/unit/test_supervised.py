@@ -376,7 +376,7 @@ def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) 
     watchdog.hear("PROCESS_STATE_STOPPING", {"processname": "enforcer"})
     ticks(5, answered=False)
     watchdog.hear("PROCESS_STATE_RUNNING", {"processname": "enforcer"})
-    ticks(5, answered=False)
+    ticks(50, answered=False)
     assert killed == [], "stopping, or not up yet"
     ticks(1, answered=True)
     ticks(2, answered=False)
@@ -384,6 +384,32 @@ def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) 
     ticks(2, answered=False)
     assert killed == [], "never three in a row"
     ticks(1, answered=False)
+    assert killed == [4711]
+
+
+def test_an_enforcer_that_hangs_before_its_first_answer_is_killed_after_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would hang for ever: the container's own probe asks the watcher, which lives."""
+    module = helper("watchdog")
+    killed: list[int] = []
+    monkeypatch.setattr(module, "children_named", lambda *_: [4711])
+    monkeypatch.setattr(module.os, "kill", lambda pid, _: killed.append(pid))
+
+    class Hung:
+        def request(self, *_: object) -> None:
+            raise module.TransportError("no answer")
+
+    class Quiet:
+        def error(self, *_: object, **__: object) -> None:
+            pass
+
+    watchdog = module.Watchdog(Hung(), Quiet())
+    watchdog.hear("PROCESS_STATE_RUNNING", {"processname": "enforcer"})
+    for _ in range(module.UNANSWERED_FROM_THE_START - 2):
+        watchdog.hear("TICK_5", {})
+    assert killed == []
+    watchdog.hear("TICK_5", {})
     assert killed == [4711]
 
 
