@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = _arguments(argv)
     machine.use_two_cores()
-    facts = machine.facts()
+    load_before = os.getloadavg()[0]
     figures: list[Figure] = []
     skipped: dict[str, str] = {}
     for name in chosen.parts or PARTS:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures += part.measure(trials)
         except SkippedError as reason:
             skipped[name] = str(reason)
+    facts = machine.facts() | {"load": machine.load(load_before)}
     if chosen.json:
         print(json.dumps(_as_json(facts, figures, skipped), indent=2))
     else:

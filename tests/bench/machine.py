@@ -21,15 +21,19 @@ def use_two_cores() -> None:
 def facts() -> dict[str, str]:
     """What a reader of the figures has to know."""
     used = len(os.sched_getaffinity(0))
-    busy = os.getloadavg()[0]
-    warning = " (busy: figures may be worse than this machine can)" if busy > used / 2 else ""
     return {
         "processor": _processor(),
         "cores": f"{used} of {os.cpu_count()} used",
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "load": f"{busy:.2f} in the last minute{warning}",
     }
+
+
+def load(before: float) -> str:
+    """What else the machine did: the load of the minute before the figures, and of their last."""
+    after = os.getloadavg()[0]
+    warning = " (busy: figures are worse than this machine can)" if max(before, after) > 1 else ""
+    return f"{before:.2f} before, {after:.2f} at the end{warning}"
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """What is measured: each part puts up a node of its own, tries a thing often, returns its figures.
 
-Times of limits come from the simulated NVML's log of sets, which the C library writes when the
-limit has been stored; only the first part reads the limit back itself (probe.py).
+Times of limits come from the simulated NVML's log of sets, which the C library writes as it stores
+the limit; only the first part reads the limit back itself (probe.py).
 """
 
 from __future__ import annotations

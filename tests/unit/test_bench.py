@@ -78,6 +78,12 @@ def test_the_clock_of_a_process_runs_with_its_work_only() -> None:
         idle.communicate(b"\n")
 
 
+@pytest.mark.parametrize(("before", "busy"), [(0.1, False), (3.0, True)])
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch, before: float, busy: bool) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 9.0, 9.0))
+    assert ("busy" in machine.load(before)) is busy
+
+
 def test_an_unknown_part_is_wrong_use_and_the_parts_are_named() -> None:
     done = _run("chnage")
     assert done.returncode == 2
