@@ -76,7 +76,8 @@ class Agent:
 
     def _look(self, now: float) -> None:
         desired = self._desk.desired()
-        self._desk.changed, self._looked_s = False, now
+        if self._desk.changed:  # a scan is no reason to let the next change wait
+            self._desk.changed, self._looked_s = False, now
         needed = bool(desired.pods or self._ledger.entries) or now < self._asked_s + _IDLE_S
         scan = now >= self._scan_s or not self._gpus.nvml.is_open or bool(self._homeless(desired))
         if (needed or self._gpus.incomplete) and self._gpus.opened(now):

@@ -129,6 +129,8 @@ class Mishaps:
 
     def program_stopped(self) -> None:
         """SIGSTOP: it hangs."""
+        if self.node.supervised and not self.node.programs["supervisord"].alive():
+            return
         with contextlib.suppress(LookupError):
             pid = self.node.pid(self._chance.choice(["enforcer", "watcher"]))
             os.kill(pid, signal.SIGSTOP)

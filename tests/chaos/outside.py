@@ -16,11 +16,12 @@ from typing import Any
 
 from tests.chaos.witness import Board, View, Witness, expected_mw
 from tests.simnode.kubeapi import KubeApi
-from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
+from tests.simnode.node import ANNOTATION, CONFIG_HASH, NotInTimeError, SimNode
 
 LOW_W, HIGH_W = 250, 600  # the administrator's, so that limits as found lie outside
 BOUNDS = {"POWER_AGENT_MIN_WATTS": f"{LOW_W}", "POWER_AGENT_MAX_WATTS": f"{HIGH_W}"}
 _FOUND_MW = 650_000
+_POLL_S = 0.002
 
 
 class Outside:
@@ -126,6 +127,16 @@ class Outside:
             elif owned.get(board.uuid) != (None if want_mw == board.found_mw else board.found_mw):
                 amiss.append(f"{board.uuid} at {has_mw}: ledger {owned.get(board.uuid)}")
         return amiss
+
+    def wait_until_settled(self, view: View, deadline_s: float) -> None:
+        """Until all is as it is to be; raises NotInTimeError with what is not."""
+        end_s = time.monotonic() + deadline_s
+        while amiss := self.unsettled(view):
+            assert not self.lost()
+            if time.monotonic() > end_s:
+                seen = f"{amiss}\nledger: {self.owned()}\nthen: {view}\nnow: {self.look()}"
+                raise NotInTimeError(f"{seen}\n{self.node.explain()}")
+            time.sleep(_POLL_S)
 
 
 def _text(path: Path) -> str:

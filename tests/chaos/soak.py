@@ -141,11 +141,8 @@ class Leg:
         """Wait for the one right state."""
         view, began_s = self.life.settle(), time.monotonic()
 
-        def so() -> bool:
-            assert not self.judge.violations, self.judge.violations
-            return not self.outside.unsettled(view)
-
-        self.node.wait_for(so, SETTLED_S, f"settled: {self.outside.unsettled(view)}")
+        self.outside.wait_until_settled(view, SETTLED_S)
+        assert not self.judge.violations, self.judge.violations
         self._tally.slowest_s = max(self._tally.slowest_s, time.monotonic() - began_s)
         self._count_snapshots()
         return view
@@ -156,7 +153,7 @@ class Leg:
         held = [k for k, b in enumerate(boards) if expected_mw(b, view) != b.found_mw]
         if held and self._chance.random() < 0.5:
             self.mishaps.drift(self._chance.choice(held))
-            self.node.wait_for(lambda: not self.outside.unsettled(view), SETTLED_S, "drift mended")
+            self.outside.wait_until_settled(view, SETTLED_S)
 
     def _count_snapshots(self) -> None:
         with contextlib.suppress(UnreachableError):

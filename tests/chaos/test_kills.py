@@ -69,11 +69,7 @@ class Killing:
         """The right limits and ledger, and no wrong set on the way."""
         view = self.life.settle()
 
-        def as_is_right() -> bool:
-            assert not self.outside.lost()
-            return not self.outside.unsettled(view)
-
-        self.node.wait_for(as_is_right, SETTLED_S, f"settled: {self.outside.unsettled(view)}")
+        self.outside.wait_until_settled(view, SETTLED_S)
         self.outside.look()
         assert self.outside.wrong() == []
 
