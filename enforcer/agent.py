@@ -21,6 +21,8 @@ from shared.units import same_limit
 _WAITING_SCAN_S, _WAITING_FOR_S = 0.1, 60.0  # a CUDA context comes seconds after its pod
 _TURN_S = 0.02  # snapshots that come faster are decided on together
 _FRESH_S = 1.0  # a question within this time is answered from the last reading
+_SEARCH_S = 1.0, 32.0  # NVML lists the GPUs there were when it was initialised
+_NOBODY: frozenset[str] = frozenset()
 _IDLE_S = 5.0  # NVML is let go when nobody asked for this long
 
 
@@ -47,7 +49,8 @@ class Agent:
         )
         self._gpus = Gpus(self._me, ledger.entries, reader, log, server)
         self._cards = self._gpus.cards
-        self._looked_s = self._scan_s = self._waiting_since_s = self._due_s = 0.0
+        self._looked_s = self._scan_s = self._due_s = 0.0
+        self._waiting_since_s = self._search_s = 0.0
         self._asked_s = time.monotonic()
         self._waiting: frozenset[str] = frozenset()
 
@@ -90,6 +93,10 @@ class Agent:
             waiting = self._homeless(desired)
             if waiting != self._waiting:
                 self._waiting, self._waiting_since_s = waiting, now
+                self._search_s = now + _SEARCH_S[0]
+            elif waiting and now >= self._search_s:  # its GPU may have come after NVML was opened
+                self._gpus.incomplete = True
+                self._search_s = now + min(_SEARCH_S[1], now - self._waiting_since_s)
             soon = waiting and now < self._waiting_since_s + _WAITING_FOR_S
             self._scan_s = now + min(self._config.scan_s, _WAITING_SCAN_S if soon else 1e9)
 
@@ -133,9 +140,12 @@ class Agent:
     def _enter(self, entries: dict[str, Owned], card: Card, decision: Decision) -> None:
         """Enter what is about to be written, with the original limit where it is the first time."""
         gpu, target_mw = card.gpu, decision.target_mw
-        if decision.action == "release" or target_mw is None:
-            return
         owned = entries.get(gpu.uuid)
+        if target_mw is None:
+            return
+        if owned and decision.action == "release":  # nobody's from here on: see policy's _hold
+            entries[gpu.uuid] = replace(owned, set_mw=target_mw, pods=_NOBODY, aliases=_NOBODY)
+            return
         if owned is None:
             self._gpus.read_one(card)
             if gpu.limit_mw is None:

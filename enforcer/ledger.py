@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,12 @@ class _Book(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, msgspec.Meta(ge=_VERSION, le=_VERSION)]
     boot_id: str
     gpus: dict[str, Owned]
+    crc32: int | None = None  # of all the rest; none where a person wrote it
+
+    def sealed(self) -> "_Book":
+        bare = msgspec.structs.replace(self, crc32=None)
+        text = msgspec.json.encode(bare, order="sorted")
+        return msgspec.structs.replace(self, crc32=zlib.crc32(text))
 
 
 class Ledger:
@@ -78,7 +85,7 @@ class Ledger:
                 book = self._read(name)
             except FileNotFoundError:
                 continue
-            except (OSError, msgspec.DecodeError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 aside = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
                 os.rename(name, aside, src_dir_fd=self._dir, dst_dir_fd=self._dir)
                 said.append(f"{self.path.with_name(name)} is damaged, moved to {aside}: {error}")
@@ -101,14 +108,17 @@ class Ledger:
                 f"{self.path.with_name(name)} has format {version}, written by a newer Power "
                 "Agent: start that one, or stop it with POWER_AGENT_ON_EXIT=restore first"
             )
-        return msgspec.json.decode(text, type=_Book)
+        book = msgspec.json.decode(text, type=_Book)
+        if book.crc32 not in (None, book.sealed().crc32):
+            raise ValueError("its checksum is not that of its content")
+        return book
 
     def store(self, entries: Mapping[str, Owned], *, durable: bool) -> None:
         """Replace the file by `entries`; raises LedgerError and leaves all as it was.
 
         `durable` waits for the disk: needed whenever an original limit is new.
         """
-        book = _Book(_VERSION, self._boot_id, dict(entries))
+        book = _Book(_VERSION, self._boot_id, dict(entries)).sealed()
         text = msgspec.json.format(msgspec.json.encode(book, order="sorted"), indent=1)
         try:
             self._replace(text + b"\n", durable)

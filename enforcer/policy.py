@@ -211,7 +211,9 @@ class _Case:
             return Decision("held", f"left alone: {why}")
         kept = replace(self._keep(self.owned.set_mw, self.owned.pods, why), state="held")
         low, high = self.rules.bounds(self.gpu.min_mw, self.gpu.max_mw)
-        return kept if low <= self.owned.set_mw <= high else replace(kept, action=None)
+        # Without pods it was being given back when the enforcer was killed: it may be a stranger's.
+        may = self.owned.pods and low <= self.owned.set_mw <= high
+        return kept if may else replace(kept, action=None)
 
     def _give_back(self, why: str) -> Decision:
         if self.owned is None:

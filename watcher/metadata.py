@@ -18,6 +18,9 @@ CONFIG_HASH = "kubernetes.io/config.hash"
 LIST_ACCEPT = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 WATCH_ACCEPT = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
+# What a decoder raises for an answer that is none; msgspec the last for one that is nested.
+SENSELESS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 
 class Pod(Struct, frozen=True, gc=False):
     """One pod of this node; `wish` None where it does not carry the annotation."""

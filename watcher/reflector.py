@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-import msgspec
-
 from shared.logs import Log
 from watcher import metadata
 from watcher.kube import ApiError
@@ -31,6 +29,7 @@ WATCH_SLACK_S = 20.0
 STEADY_S = 1.0  # a watch that lived as long, or brought something, was a success
 _FIRST_DELAY_S = 0.25
 _MAX_DELAY_S = 30.0
+_DIGITS = 39  # versions are 128 bits at most (KEP-5504)
 
 Offer = Callable[[Mapping[str, Pod], float | None], None]
 
@@ -218,7 +217,7 @@ class Reflector:
         )
         try:
             version, pods = self._reader.pods(answer.read_all(LIST_BYTES))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except metadata.SENSELESS as error:
             raise ApiError(f"the list of pods makes no sense: {error}") from error
         if _number(version) < self._newest:
             raise ApiError(
@@ -293,7 +292,7 @@ class Reflector:
             else:
                 version, pod = self._reader.pod(event.object)
                 changed = self._put(pod, gone=event.type == "DELETED")
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except metadata.SENSELESS as error:
             raise ApiError(f"an event of the watch makes no sense: {error}") from error
         self._newest = max(self._newest, _number(version))
         return version, changed
@@ -356,4 +355,5 @@ def _watch_error(failure: metadata.Failure) -> ApiError:
 
 def _number(version: str) -> int:
     """Return the version as the number it is (KEP-5504), -1 where a server thinks otherwise."""
-    return int(version) if version.isascii() and version.isdigit() else -1
+    number = version.isascii() and version.isdigit() and len(version) <= _DIGITS
+    return int(version) if number else -1

@@ -164,10 +164,6 @@ def test_killed_at_a_named_point_ends_as_without(point: Point) -> None:
         play(node, point)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a ledger that is older than the release mends a 'drift' on a GPU that nobody was given",
-)
 def test_i1_killed_between_giving_back_and_its_entry_a_stranger_is_not_limited() -> None:
     """Released on the hardware, still in the ledger: the next start must not write it again.
 

@@ -51,22 +51,12 @@ LONG_VERSION = b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"%s"
 DEEP = b'{"type":"ADDED","object":{"x":%s}}' % (b"[" * 5000)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ValueError, RecursionError),
-    reason="int() refuses more than 4300 digits; msgspec raises RecursionError for what is nested",
-)
 @pytest.mark.parametrize("line", [LONG_VERSION, DEEP], ids=["long-version", "deep"])
 def test_what_an_api_server_may_answer_is_an_api_error(line: bytes) -> None:
     """Only the top of the thread catches it, as an internal error, and lists for each."""
     step_through([LIST], [line + b"\n"], lambda _pods, _at: None)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RecursionError,
-    reason="Ledger.load: msgspec raises RecursionError for what is nested, at every start again",
-)
 def test_a_damaged_ledger_that_is_nested_is_moved_aside(tmp_path: Path) -> None:
     nested = b'{"version": 1, "boot_id": "%s", "gpus": {}, "x": %s}' % (BOOT.encode(), b"[" * 5000)
     (tmp_path / "ledger.json").write_bytes(nested)
