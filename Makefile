@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint test bench kube-assets image image-check sbom cluster-test lock clean
+.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm image image-check sbom cluster-test lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -107,6 +107,9 @@ soak: setup ## random life, faults and kills, watched from outside: MINUTES=20 S
 
 kube-assets: setup ## build etcd and kube-apiserver (Go needed, minutes once), print their folder
 	@$(PY) -m tests.kube.assets $(ARGS)
+
+helm: setup ## build helm, with which the chart is tested (Go needed, minutes once), print its path
+	@$(PY) -m tests.kube.helm_assets $(ARGS)
 
 # Without a container engine, as root: buildah on a base made from Debian's packages (both are
 # installed where they are missing). Everywhere else: docker build -t dynamo/power-agent:v1.0.0 .

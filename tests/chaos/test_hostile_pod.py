@@ -104,7 +104,7 @@ def test_a_flood_of_short_lived_processes(node: SimNode) -> None:
             assert node.limit_mw(0) == 360_000
             time.sleep(0.01)
     spent, span_s = cpu_s(node.pid("enforcer")) - before, time.monotonic() - began_s
-    assert sum(first + second) > 0
+    assert all(first + second), "a flood that did not start"
     assert len(node.gpus[1].sets()) == 1
     assert len(node.gpus[0].sets()) == 2
     assert node.limit_mw(2) == 700_000

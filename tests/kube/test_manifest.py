@@ -24,7 +24,7 @@ PATHS = {
     "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/power-agent",
     "DaemonSet": f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/power-agent",
 }
-SERVER_SIDE = ("--server-side", "--force-conflicts")
+SERVER_SIDE = ("--server-side",)
 
 
 def documents() -> dict[str, Object]:

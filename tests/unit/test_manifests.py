@@ -144,7 +144,7 @@ def test_the_watcher_has_no_privilege(containers: dict[str, Object]) -> None:
 def test_the_watcher_gets_no_gpu_and_knows_its_node(containers: dict[str, Object]) -> None:
     """`void`: the NVIDIA runtime must hand it no device."""
     assert environment(containers["watcher"]) == {
-        "NODE_NAME": {"fieldRef": {"fieldPath": "spec.nodeName"}},
+        "NODE_NAME": {"fieldRef": {"apiVersion": "v1", "fieldPath": "spec.nodeName"}},
         "NVIDIA_VISIBLE_DEVICES": "void",
     }
 
