@@ -22,7 +22,6 @@ _WAITING_SCAN_S, _WAITING_FOR_S = 0.1, 60.0  # a CUDA context comes seconds afte
 _TURN_S = 0.02  # snapshots that come faster are decided on together
 _FRESH_S = 1.0  # a question within this time is answered from the last reading
 _SEARCH_S = 1.0, 32.0  # NVML lists the GPUs there were when it was initialised
-_NOBODY: frozenset[str] = frozenset()
 _IDLE_S = 5.0  # NVML is let go when nobody asked for this long
 
 
@@ -49,8 +48,7 @@ class Agent:
         )
         self._gpus = Gpus(self._me, ledger.entries, reader, log, server)
         self._cards = self._gpus.cards
-        self._looked_s = self._scan_s = self._due_s = 0.0
-        self._waiting_since_s = self._search_s = 0.0
+        self._looked_s = self._scan_s = self._due_s = self._waiting_since_s = self._search_s = 0.0
         self._asked_s = time.monotonic()
         self._waiting: frozenset[str] = frozenset()
 
@@ -144,7 +142,7 @@ class Agent:
         if target_mw is None:
             return
         if owned and decision.action == "release":  # nobody's from here on: see policy's _hold
-            entries[gpu.uuid] = replace(owned, set_mw=target_mw, pods=_NOBODY, aliases=_NOBODY)
+            entries[gpu.uuid] = Owned(owned.original_mw, target_mw, frozenset(), owned.since)
             return
         if owned is None:
             self._gpus.read_one(card)

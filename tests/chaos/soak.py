@@ -140,7 +140,6 @@ class Leg:
     def settled(self) -> View:
         """Wait for the one right state."""
         view, began_s = self.life.settle(), time.monotonic()
-
         self.outside.wait_until_settled(view, SETTLED_S)
         assert not self.judge.violations, self.judge.violations
         self._tally.slowest_s = max(self._tally.slowest_s, time.monotonic() - began_s)

@@ -68,7 +68,6 @@ class Killing:
     def settled(self) -> None:
         """The right limits and ledger, and no wrong set on the way."""
         view = self.life.settle()
-
         self.outside.wait_until_settled(view, SETTLED_S)
         self.outside.look()
         assert self.outside.wrong() == []

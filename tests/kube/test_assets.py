@@ -40,6 +40,8 @@ FAIL = 'echo "go: downloading x" >&2; echo "x: no route to host" >&2; exit 1'
 class World:
     """Runs the program with a cache and a go command of its own."""
 
+    module = "tests.kube.assets"
+
     def __init__(self, folder: Path) -> None:
         self.cache = folder / "cache"
         self.log = folder / "builds"
@@ -62,7 +64,7 @@ class World:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.kube.assets", *arguments],
+            [sys.executable, "-m", self.module, *arguments],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,

@@ -5,28 +5,18 @@ A stand-in for the go command takes the place of the minutes that a real build n
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.kube import assets, helm_assets
-from tests.kube.test_assets import BUILD, FAIL, ROOT, World
+from tests.kube.test_assets import BUILD, FAIL, World
 
 
 class HelmWorld(World):
     """The same world, asked for helm."""
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.kube.helm_assets", *arguments],
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    module = "tests.kube.helm_assets"
 
 
 @pytest.fixture
