@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Set
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ class Outside:
             view = View(time.monotonic_ns(), on, asks, self.ending, self.calm)
             self.witness.see(view)
             return view
+
+    def only(self, kept: Set[tuple[str, str]]) -> bool:
+        """Whether the API has none but these pods, after one more look."""
+        self.look()
+        assert isinstance(self.node.api, KubeApi)
+        return not any(self.node.api.get_pod(*key) for key in self.names - kept)
 
     def _pods(self) -> tuple[dict[str, int | None], dict[str, str]]:
         """What each annotated pod asks, and the pod that each id in a cgroup means."""
