@@ -3,7 +3,6 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from enforcer.policy import Desired
@@ -27,12 +26,8 @@ class Desk:
         self._counts, self._told = counts, set[str]()
         watcher = frozenset({settings.watcher_uid})
         readers = watcher | settings.reader_uids | {os.geteuid()}  # powerctl beside it, as a probe
-        # message type -> who may send it, what is done. What is not here is refused.
-        self._table: dict[type, tuple[frozenset[int], Callable[[Incoming, m.Request], None]]] = {
-            m.Snapshot: (watcher, self._take_snapshot),
-            m.Status: (readers, self._take_status),
-            m.Ping: (readers, self._answer_ping),
-        }
+        # Who may send which message; what is not here nobody may.
+        self._may = {m.Snapshot: watcher, m.Status: readers, m.Ping: readers}
         self.started_s = time.monotonic()
         self._heard_s = self.started_s
         self._retired: deque[str] = deque(maxlen=_RETIRED)
@@ -47,10 +42,15 @@ class Desk:
         for incoming in requests:
             try:
                 request = m.decode_request(incoming.payload)
-                allowed, handle = self._table[type(request)]
-                if incoming.uid not in allowed:
+                if incoming.uid not in self._may[type(request)]:
                     raise m.RefusedError("denied", f"uid {incoming.uid} may not send that")
-                handle(incoming, request)
+                if isinstance(request, m.Ping):
+                    up_s = time.monotonic() - self.started_s
+                    self._server.reply(incoming, m.Pong(version=__version__, uptime_s=up_s))
+                    continue
+                if isinstance(request, m.Snapshot):
+                    self._take(request)
+                self.due.append((incoming, request))
             except m.RefusedError as error:
                 self._refuse(incoming, error)
 
@@ -64,15 +64,7 @@ class Desk:
         self._server.reply(incoming, m.Error(code=code, message=why))
         self._server.publish(m.MessageDenied(ts=time.time(), message=why, code=code, uid=uid))
 
-    def _answer_ping(self, incoming: Incoming, _: m.Request) -> None:
-        up_s = time.monotonic() - self.started_s
-        self._server.reply(incoming, m.Pong(version=__version__, uptime_s=up_s))
-
-    def _take_status(self, incoming: Incoming, request: m.Request) -> None:
-        self.due.append((incoming, request))
-
-    def _take_snapshot(self, incoming: Incoming, new: m.Request) -> None:
-        assert isinstance(new, m.Snapshot)
+    def _take(self, new: m.Snapshot) -> None:
         last = self.snapshot
         if new.session in self._retired:
             if time.monotonic() - self._heard_s <= _LIVING_S:
@@ -86,7 +78,6 @@ class Desk:
         self._counts.snapshots += 1
         self._heard_s = time.monotonic()
         self.snapshot = new
-        self.due.append((incoming, new))
         if last is None or (last.pods, last.others) != (new.pods, new.others):
             self._accept(new)
 

@@ -2,35 +2,34 @@
 
 import time
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from enforcer import procfs
 from enforcer.nvml import Handle, Nvml, NvmlError
-from enforcer.policy import Action, Decision, Desired, Occupant, Owned, SeenGpu
+from enforcer.policy import Decision, Desired, Occupants, Owned, SeenGpu
 from enforcer.procfs import ProcessReader
 from shared import messages as m
 from shared.logs import Log
 from shared.transport import Server
 
 WRITE_GAP_S = 0.1  # frequent writes disturb collective operations on the GPU
-_RETRY_S, _DOUBLINGS = 1.0, 5  # 1, 2, 4 ... 32 s
+_DOUBLINGS = 5  # 1, 2, 4 ... 32 s
 _SHOWN = 32  # processes that a GPU shows in an answer
 _UNDECIDED = Decision("free", "not looked at yet")
 
 
-def backoff_s(failures: int) -> float:
-    """Return how long to wait after so many failures in a row."""
-    return float(_RETRY_S * 2 ** min(failures, _DOUBLINGS))
+@dataclass(slots=True)
+class Retry:
+    """When to try again after failures in a row."""
 
+    due_s: float = 0.0
+    failures: int = 0
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why the last write failed, and what it was to be."""
-
-    why: str
-    target_mw: int | None
-    action: Action | None
+    def failed(self) -> None:
+        """Wait from now, each time for twice as long."""
+        self.due_s = time.monotonic() + 2.0 ** min(self.failures, _DOUBLINGS)
+        self.failures += 1
 
 
 @dataclass(slots=True)
@@ -39,32 +38,30 @@ class Card:
 
     gpu: m.Gpu
     handle: Handle | None = None
-    occupants: frozenset[Occupant] | None = None  # None: its process list cannot be read
+    occupants: Occupants | None = None  # None: its process list cannot be read
     decision: Decision = _UNDECIDED
-    fault: Fault | None = None
-    retry_s: float = 0.0
-    retries: int = 0
+    failed: Decision | None = None  # what could not be done last, and why
+    retry: Retry = field(default_factory=Retry)
     wrote_s: float = -WRITE_GAP_S
     drifted_to_mw: int | None = None
 
     def may_write_s(self) -> float:
         """Return when the next write may go out: ten a second, and a failed one backs off."""
-        again = self.fault is not None and self.fault.target_mw == self.decision.target_mw
-        return max(self.wrote_s + WRITE_GAP_S, self.retry_s if again else 0.0)
+        again = self.failed is not None and self.failed.target_mw == self.decision.target_mw
+        return max(self.wrote_s + WRITE_GAP_S, self.retry.due_s if again else 0.0)
 
     def show(self, owned: Owned | None) -> None:
         """Bring the record up to date; what failed last outranks what was decided."""
         gpu, decision = self.gpu, self.decision
         if decision.action is None:
-            self.fault = None
+            self.failed = None
         gpu.managed = owned is not None
         gpu.pods = sorted(decision.pods or (owned.pods if owned else ()))
         gpu.original_mw = owned.original_mw if owned else None
         gpu.target_mw = (decision.target_mw or owned.set_mw) if owned else None
         if self.handle is not None:
-            gpu.state, gpu.reason = decision.state, decision.reason
-            if self.fault:
-                gpu.state, gpu.reason = "failed", self.fault.why
+            said = self.failed or decision
+            gpu.state, gpu.reason = said.state, said.reason
 
 
 class Gpus:
@@ -86,13 +83,13 @@ class Gpus:
             self.cards[uuid].gpu.reason = "owned since before this start, not seen yet"
         self.incomplete = True  # NVML or a GPU is missing: look for it again
         self.read_s = 0.0  # when limits were last read
-        self._tries, self._open_s = 0, 0.0
+        self._retry = Retry()
 
     def opened(self, now: float) -> bool:
         """Open NVML, or open it anew when a GPU is missing; tells whether it is usable."""
-        if now < self._open_s or (self.nvml.is_open and not self.incomplete):
+        if now < self._retry.due_s or (self.nvml.is_open and not self.incomplete):
             return self.nvml.is_open
-        self._open_s, self._tries = now + backoff_s(self._tries), self._tries + 1
+        self._retry.failed()
         found: list[tuple[Handle, m.Gpu]] = []
         faults: list[str] = []
         try:
@@ -113,15 +110,15 @@ class Gpus:
             self.lose(self.cards[uuid], "not among the GPUs that NVML lists")
         self.incomplete = not self.nvml.is_open or bool(faults) or len(present) < len(self.cards)
         if not self.incomplete:
-            self._tries, self._open_s = 0, 0.0
+            self._retry = Retry()
         self.read(now)
         return self.nvml.is_open
 
     def retry_now(self) -> None:
         """Forget every wait: this is the last chance."""
-        self._open_s = 0.0
+        self._retry = Retry()
         for card in self.cards.values():
-            card.wrote_s = card.retry_s = 0.0
+            card.wrote_s, card.retry = 0.0, Retry()
 
     def close(self) -> None:
         """Let go of the driver; what was read and decided holds no longer."""
@@ -190,7 +187,7 @@ class Gpus:
                 seen.append(SeenGpu(uuid, card.occupants, g.limit_mw, default, low, high))
         return seen
 
-    def _occupants(self, card: Card, desired: Desired) -> frozenset[Occupant] | None:
+    def _occupants(self, card: Card, desired: Desired) -> Occupants | None:
         asked_ticks = procfs.now_ticks()
         try:
             pids = self.nvml.pids(card.handle)
@@ -203,7 +200,7 @@ class Gpus:
         for pid in sorted(pids):
             owner, evidence = self._reader.owner(pid, asked_ticks)
             if owner is not None:
-                found.add(Occupant(owner))
+                found.add(owner)
                 name = desired.uid_of(owner) if isinstance(owner, str) else owner.value
                 shown.append(m.Process(pid=pid, owner=name, evidence=evidence))
         card.gpu.processes = shown[:_SHOWN]

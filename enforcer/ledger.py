@@ -113,20 +113,21 @@ class Ledger:
             raise ValueError("its checksum is not that of its content")
         return book
 
-    def store(self, entries: Mapping[str, Owned], *, durable: bool) -> None:
+    def store(self, entries: Mapping[str, Owned]) -> None:
         """Replace the file by `entries`; raises LedgerError and leaves all as it was.
 
-        `durable` waits for the disk: needed whenever an original limit is new.
+        Waits for the disk where an original limit is new (I2).
         """
         book = _Book(_VERSION, self._boot_id, dict(entries)).sealed()
         text = msgspec.json.format(msgspec.json.encode(book, order="sorted"), indent=1)
         try:
-            self._replace(text + b"\n", durable)
+            self._replace(text + b"\n", durable=not entries.keys() <= self.entries.keys())
         except OSError as error:
-            raise LedgerError(f"{self.path} cannot be written: {error.strerror}") from error
+            why = f"{self.path} cannot be written: {error.strerror}; free or repair that disk"
+            raise LedgerError(why) from error
         self.entries = dict(entries)
 
-    def _replace(self, text: bytes, durable: bool) -> None:
+    def _replace(self, text: bytes, *, durable: bool) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS
         with os.fdopen(os.open(_NEXT, flags, 0o600, dir_fd=self._dir), "wb") as file:
             file.write(text)

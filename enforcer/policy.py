@@ -22,26 +22,24 @@ _END = {"expired": "watcher silent for longer than the lease", "stopping": "the 
 
 
 class Stranger(Enum):
-    """An occupant that is no pod: surely none, or not to be told."""
+    """Who holds a GPU and is no pod: surely none, or not to be told."""
 
     OTHER = "other"
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Occupant:
-    """Who holds a GPU, by any id of his pod, and what shows it."""
-
-    owner: str | Stranger
-    evidence: str = ""
+Occupants = frozenset[str | Stranger]
 
 
 @dataclass(frozen=True, slots=True)
 class SeenGpu:
-    """One GPU as observed; `occupants` None where its process list cannot be read."""
+    """One GPU as observed; `occupants` None where its process list cannot be read.
+
+    Each occupant is any id of a pod; policy does not care what shows that it holds the GPU.
+    """
 
     uuid: str
-    occupants: frozenset[Occupant] | None
+    occupants: Occupants | None
     limit_mw: int | None
     default_mw: int
     min_mw: int
@@ -60,6 +58,10 @@ class Desired:
     def uid_of(self, owner: str) -> str:
         """Return the pod that `owner` is another id of; a pod's own uid wins a collision."""
         return owner if owner in self.pods or owner in self.others else self.ids.get(owner, owner)
+
+    def pods_among(self, occupants: Iterable[str | Stranger]) -> frozenset[str]:
+        """Return the uids of the pods among `occupants`."""
+        return frozenset(self.uid_of(owner) for owner in occupants if isinstance(owner, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +133,15 @@ class _Case:
             return self._hold(why) if self.owned else Decision("free", why)
         if self.gpu.occupants is None:
             return self._hold("its process list cannot be read")
-        owners = [occupant.owner for occupant in self.gpu.occupants]
-        if Stranger.UNKNOWN in owners:
+        if Stranger.UNKNOWN in self.gpu.occupants:
             return self._hold("a process on it cannot be told to be a pod's or not")
-        uids = frozenset(self.desired.uid_of(owner) for owner in owners if isinstance(owner, str))
-        decision = self._by_pods(uids, occupied=bool(owners))
+        decision = self._by_pods(self.desired.pods_among(self.gpu.occupants))
         if self.desired.link == "silent" and self._gives_power(decision):
             return self._hold("watcher is silent")
         return decision
 
-    def _by_pods(self, uids: frozenset[str], *, occupied: bool) -> Decision:
-        wanted, others = self.desired.pods.keys(), self.desired.others
+    def _by_pods(self, uids: frozenset[str]) -> Decision:
+        occupied, wanted, others = self.gpu.occupants, self.desired.pods.keys(), self.desired.others
         mine = self.owned.pods if self.owned else frozenset()
         ghosts = (uids & self._ids()) - wanted - others  # deleted by force, or an API in error
         if asking := uids & wanted:

@@ -218,8 +218,8 @@ ENTRIES = {
 def test_no_flipped_bit_changes_an_original(tmp_path: Path) -> None:
     """Each bit of the ledger: noticed (the generation before serves), or without a meaning."""
     ledger = Ledger(tmp_path, BOOT)
-    ledger.store(ENTRIES, durable=False)
-    ledger.store(ENTRIES, durable=False)
+    ledger.store(ENTRIES)
+    ledger.store(ENTRIES)
     whole, before = ledger.path.read_bytes(), (tmp_path / "ledger.previous.json").read_bytes()
     ledger.close()
     wrong = []
@@ -242,8 +242,8 @@ def test_no_flipped_bit_changes_an_original(tmp_path: Path) -> None:
 
 def test_an_older_format_is_kept_aside_and_the_generation_before_adopted(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, BOOT)
-    ledger.store(ENTRIES, durable=False)
-    ledger.store(ENTRIES, durable=False)
+    ledger.store(ENTRIES)
+    ledger.store(ENTRIES)
     ledger.close()
     text = ledger.path.read_bytes().replace(b'"version": 1', b'"version": 0')
     assert b'"version": 0' in text

@@ -109,7 +109,7 @@ def _load(book: Ledger, folder: Path, generations: list[bytes]) -> None:
     assert kept == set(generations)
     assert said or any(b'"version"' in each for each in generations)
     fresh = {"GPU-1": Owned(700_000, 300_000, frozenset({"pod-a"}), 1.0)}
-    book.store({**book.entries, **fresh}, durable=False)
+    book.store({**book.entries, **fresh})
     again = Ledger(folder, BOOT)
     try:
         assert again.load() == []

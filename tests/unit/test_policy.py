@@ -10,7 +10,6 @@ import pytest
 from enforcer.policy import (
     Decision,
     Desired,
-    Occupant,
     Owned,
     Rules,
     SeenGpu,
@@ -35,8 +34,7 @@ def seen(
     max_mw: int = MAX_MW,
 ) -> SeenGpu:
     """An H100 as observed, with the processes of `owners` on it."""
-    occupants = frozenset(Occupant(owner) for owner in owners)
-    return SeenGpu(uuid, occupants, limit_mw, default_mw, min_mw, max_mw)
+    return SeenGpu(uuid, frozenset(owners), limit_mw, default_mw, min_mw, max_mw)
 
 
 def unreadable(limit_mw: int = FACTORY_MW) -> SeenGpu:
