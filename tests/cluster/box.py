@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.cluster.parts import LackingError
 from tests.cluster.waiting import wait_for
 from tests.simnode.controlplane_process import Spawner
 from tests.simnode.guardian import Guardian
@@ -32,6 +34,22 @@ _START_TIMEOUT_S = 15.0
 
 class BoxError(Exception):
     """The box did not come up; the text holds its last words."""
+
+
+def require() -> None:
+    """Raise LackingError where this machine lets nobody make namespaces and cgroups."""
+    if os.geteuid() != 0:
+        raise LackingError("mounts, namespaces and containers need root; run this as root")
+    trial = ["unshare", *NAMESPACES, "--fork", "mount", "-t", "tmpfs", "none", "/mnt"]
+    tried = subprocess.run(trial, capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        raise LackingError(f"no namespaces of one's own here: {tried.stderr.strip()}")
+    for tree in _own_hierarchies(f"power-agent-trial-{secrets.token_hex(4)}"):
+        try:
+            tree.folder.mkdir()
+            tree.folder.rmdir()
+        except OSError as error:
+            raise LackingError(f"no cgroups of one's own here: {error}") from error
 
 
 class Hierarchy:
@@ -75,6 +93,11 @@ def hierarchies(mountinfo: str, own_cgroups: str, name: str) -> list[Hierarchy]:
     return found
 
 
+def _own_hierarchies(name: str) -> list[Hierarchy]:
+    mountinfo, own = Path("/proc/self/mountinfo"), Path("/proc/self/cgroup")
+    return hierarchies(mountinfo.read_text(), own.read_text(), name)
+
+
 class Box:
     """`with Box(services, addresses) as box`: its services run, see box_init.py."""
 
@@ -103,11 +126,7 @@ class Box:
 
     def start(self) -> None:
         """Bring it up with what services, addresses and binds name by now."""
-        trees = hierarchies(
-            Path("/proc/self/mountinfo").read_text(),
-            Path("/proc/self/cgroup").read_text(),
-            f"power-agent-box-{secrets.token_hex(4)}",
-        )
+        trees = _own_hierarchies(f"power-agent-box-{secrets.token_hex(4)}")
         for tree in trees:
             self._guardian.cgroup(tree.folder)
             tree.create()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import images, parts, simulator
+from tests.cluster import box, images, parts, simulator
 from tests.cluster.agent import ANNOTATION, RUNTIME_CLASS, Agent
 from tests.cluster.cluster import Cluster, KubectlError, wait_for_pod, wait_gone, worker
 from tests.cluster.node import PAUSE_IMAGE, Node
@@ -50,6 +50,7 @@ def place() -> Iterator[Place]:
 
 
 def _own(undo: contextlib.ExitStack) -> Place:
+    box.require()
     parts.provide(parts.IMAGE, parts.NODE)
     binaries, plugins = parts.node_binaries(), parts.cni_plugins()
     assert plugins is not None

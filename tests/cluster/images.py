@@ -132,6 +132,13 @@ def make_base(build: Builder) -> str:
     return BASE
 
 
+def require_base() -> None:
+    """Raise LackingError unless the base was made before."""
+    with builder() as build:
+        if not build.has(BASE):
+            raise parts.LackingError(f"no {BASE} yet: make image")
+
+
 # ---------------------------------------------------------------------- image
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.kube import assets
+from tests.kube import assets, go_command
 
 # Command -> the Debian package that has it.
 IMAGE = {"buildah": "buildah", "debootstrap": "debootstrap", "runc": "runc"}
@@ -49,6 +49,14 @@ def lacking(*needs: dict[str, str]) -> list[str]:
     if NODE in needs and cni_plugins() is None:
         wanted.add(CNI_PACKAGE)
     return sorted(wanted)
+
+
+def require(*needs: dict[str, str]) -> None:
+    """Raise LackingError unless everything is there already, the node's binaries included."""
+    if packages := lacking(*needs):
+        raise LackingError(f"not installed here, by Debian's names: {' '.join(packages)}")
+    if assets.find(assets.SERVER + assets.NODE) is None:
+        raise LackingError("no kubelet and control plane yet: make kube-assets ARGS=--node")
 
 
 def provide(*needs: dict[str, str]) -> None:
@@ -101,5 +109,5 @@ def node_binaries() -> Path:
     """The folder with the control plane's and the kubelet's binaries, built where missing."""
     try:
         return assets.obtain(assets.SERVER + assets.NODE)
-    except (assets.AssetsError, OSError) as error:
+    except (go_command.AssetsError, OSError) as error:
         raise LackingError(f"no kubelet and control plane: {error}") from error

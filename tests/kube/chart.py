@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kube import assets, helm_assets
+from tests.kube import assets, go_command, helm_assets
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -32,7 +32,7 @@ def helm_binary() -> Path:
     """The real helm; the test is skipped where there is none, or fails where there must be."""
     try:
         binary = helm_assets.find()
-    except assets.AssetsError as error:
+    except go_command.AssetsError as error:
         pytest.fail(str(error), pytrace=False)
     if binary is None:
         reason = "no helm: python -m tests.kube.helm_assets builds it (needs Go)"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from tests.kube import assets
+from tests.kube import assets, go_command
 from tests.kube.agent_node import Audit, KubeNode
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.node import MANIFEST
@@ -30,7 +30,7 @@ def controlplane(audit: Audit) -> Iterator[ControlPlane]:
     """Started once; tests keep apart by using node and pod names of their own."""
     try:
         folder = assets.from_environment()
-    except assets.AssetsError as error:
+    except go_command.AssetsError as error:
         reason = f"no real API server: {error}"
         if os.environ.get("POWER_AGENT_REQUIRE_KUBE") == "1":
             pytest.fail(reason, pytrace=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kube import assets
+from tests.kube import assets, go_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,8 +135,8 @@ def test_the_libraries_of_kubernetes_are_replaced_by_the_published_ones(world: W
     ("installed", "used"),
     [
         ("go1.26.3", "local"),
-        ("go1.27.0", assets.GO_TOOLCHAIN),  # the server's OpenAPI document would break
-        ("go1.22.1", assets.GO_TOOLCHAIN),
+        ("go1.27.0", go_command.GO_TOOLCHAIN),  # the server's OpenAPI document would break
+        ("go1.22.1", go_command.GO_TOOLCHAIN),
     ],
 )
 def test_the_server_is_built_with_go_1_26(world: World, installed: str, used: str) -> None:
@@ -197,7 +197,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(world: World, how:
             time.sleep(0.01)
         process.send_signal(how)
     assert process.returncode != 0
-    assert world.run("--if-cached")[0] == assets.EXIT_NOT_CACHED
+    assert world.run("--if-cached")[0] == go_command.EXIT_NOT_CACHED
 
     world.environment["FAKE_GO_BUILD"] = BUILD
     assert world.run()[0] == 0
@@ -212,7 +212,7 @@ def test_if_cached_answers_at_once_also_while_another_builds(world: World) -> No
             time.sleep(0.01)
         status, out, err = world.run("--if-cached")
         assert builder.poll() is None
-    assert (status, out) == (assets.EXIT_NOT_CACHED, "")
+    assert (status, out) == (go_command.EXIT_NOT_CACHED, "")
     assert "not built yet" in err
 
 
@@ -221,13 +221,13 @@ def test_a_complete_folder_of_the_users_own_comes_first(world: World, tmp_path: 
     world.environment["KUBEBUILDER_ASSETS"] = str(own)
     assert world.run()[:2] == (0, f"{own}\n")
     (own / "etcd").unlink()
-    assert world.run("--if-cached")[0] == assets.EXIT_NOT_CACHED
+    assert world.run("--if-cached")[0] == go_command.EXIT_NOT_CACHED
 
 
 def test_node_adds_to_what_is_there(world: World) -> None:
     world.install_go()
     world.run()
-    assert world.run("--node", "--if-cached")[0] == assets.EXIT_NOT_CACHED
+    assert world.run("--node", "--if-cached")[0] == go_command.EXIT_NOT_CACHED
     assert world.run("--node")[0] == 0
     assert [line.split()[0] for line in world.builds()] == [*assets.SERVER, *assets.NODE]
 
@@ -236,10 +236,10 @@ def test_from_environment_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("KUBEBUILDER_ASSETS", raising=False)
-    with pytest.raises(assets.AssetsError, match="is not set"):
+    with pytest.raises(go_command.AssetsError, match="is not set"):
         assets.from_environment()
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(make_binaries(tmp_path, ("etcd", "kubectl"))))
-    with pytest.raises(assets.AssetsError, match="lacks kube-apiserver"):
+    with pytest.raises(go_command.AssetsError, match="lacks kube-apiserver"):
         assets.from_environment()
     make_binaries(tmp_path)
     assert assets.from_environment() == tmp_path

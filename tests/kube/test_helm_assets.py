@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kube import assets, helm_assets
+from tests.kube import go_command, helm_assets
 from tests.kube.test_assets import BUILD, FAIL, World
 
 
@@ -48,7 +48,7 @@ def test_two_callers_build_once(world: HelmWorld) -> None:
 def test_if_cached_builds_nothing(world: HelmWorld) -> None:
     world.install_go()
     status, out, err = world.run("--if-cached")
-    assert (status, out) == (assets.EXIT_NOT_CACHED, "")
+    assert (status, out) == (go_command.EXIT_NOT_CACHED, "")
     assert f"not built yet: helm {helm_assets.HELM}" in err
     assert not world.builds()
 
