@@ -11,10 +11,12 @@ import random
 import re
 import secrets
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,11 @@ import pytest
 from shared.messages import MAX_PODS, RAW_CHARS
 from shared.powerctl.ask import UnreachableError
 from tests.node.conftest import MakeNode
+from tests.simnode.clock import WallClock
 from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
 from tests.simnode.programs import children_of
-from tests.simnode.reachable import as_user
+from tests.simnode.reachable import as_user, base_folder
 
 FOUND = 700  # an H100's factory default, in watts
 
@@ -407,6 +410,43 @@ def test_steady_state_writes_lists_and_logs_nothing(make_node: MakeNode) -> None
         4.5,
     )
     assert node.status().counters.snapshots >= snapshots + 2  # the heart beats
+
+
+YEAR_S = 365 * 86_400
+
+
+@pytest.fixture
+def wall_clock() -> Iterator[WallClock]:
+    with tempfile.TemporaryDirectory(prefix="power-agent-clock-", dir=base_folder()) as folder:
+        Path(folder).chmod(0o755)
+        yield WallClock(Path(folder))
+
+
+def test_jumps_of_the_wall_clock_change_nothing(make_node: MakeNode, wall_clock: WallClock) -> None:
+    """Into the next decade, before 1970, by an hour: no list, no release, no end of the lease."""
+    node = make_node(settings={"POWER_AGENT_LEASE": "release:30", **wall_clock.environment})
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_state(pod, "enforced")
+    lists = embedded(node).count("list")
+    for years, watts in ((10, 340), (-60, 330), (0, 320)):
+        wall_clock.set(years * YEAR_S)
+        stays(node, lambda: node.status().watcher.connected, 0.5)
+        node.annotate(pod, watts)
+        node.wait_for_limit(0, watts)
+        newcomer = node.add_pod(f"newcomer-{watts}", limit=watts, gpus=[1])
+        node.wait_for_limit(1, watts)
+        node.delete_pod(newcomer)
+        node.wait_for_limit(1, FOUND)
+    wall_clock.set(3600)
+    node.kill_enforcer()
+    node.start_enforcer()
+    node.wait_for_state(pod, "enforced")
+    assert page(node, "/readyz")[0] == 200
+    assert embedded(node).count("list") == lists
+    assert FOUND * 1000 not in [each.requested_mw for each in node.gpus[0].sets()]
+    years_said = {entry["ts"][:4] for entry in node.log_lines()}
+    this_year = datetime.now(UTC).year
+    assert {str(this_year + 10), str(this_year - 60)} & years_said, "the clock was not the agent's"
 
 
 SAMPLE = re.compile(r'(\w+)(\{(?:\w+="(?:[^"\\]|\\["\\n])*",?)+\})? ([-+\w.]+)')
