@@ -26,7 +26,8 @@ _LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 
 
 @contextmanager
-def _screen() -> Iterator[None]:
+def screen() -> Iterator[None]:
+    """Draw on the terminal's other screen, and leave the first as it was."""
     sys.stdout.write(_ENTER)
     sys.stdout.flush()
     try:
@@ -38,7 +39,7 @@ def _screen() -> Iterator[None]:
 
 def top(run_dir: Path, timeout_s: float, paint: tables.Paint) -> None:
     """Show the status, refreshed each second, until interrupted; outlives the enforcer."""
-    with _screen():
+    with screen():
         while True:
             began = time.monotonic()
             _draw(_frame(run_dir, timeout_s, paint))

@@ -8,17 +8,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError
+from shared.powerctl.live import screen
 from tests.simnode.node import ANNOTATION, SimNode
 
 _REFRESH_S = 1.0
-# Alternate screen, cursor off; and back.
-_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _PAINT = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -44,17 +41,6 @@ def _kubectl() -> str:
     )
 
 
-@contextmanager
-def _screen() -> Iterator[None]:
-    sys.stdout.write(_ENTER)
-    sys.stdout.flush()
-    try:
-        yield
-    finally:
-        sys.stdout.write(_LEAVE)
-        sys.stdout.flush()
-
-
 def _fitting(lines: list[str], hints: list[str]) -> list[str]:
     """As many of the lines as leave room for the hints, which must not be cut."""
     size = shutil.get_terminal_size()
@@ -75,7 +61,7 @@ def _fitting(lines: list[str], hints: list[str]) -> list[str]:
 def watch(node: SimNode, kubeconfig: Path) -> None:
     """The table, refreshed each second, until interrupted."""
     paint = tables.plain if "NO_COLOR" in os.environ else tables.coloured
-    with _screen():
+    with screen():
         while True:
             hints = ["", "From a second terminal (Ctrl-C here ends everything):", ""]
             hints += [f"  {line}" for line in how_to_reach(node, kubeconfig)]
