@@ -170,6 +170,9 @@ class Agent:
         """Set the limit unless it is that already, read it back, and say what came of it."""
         gpu, target_mw, nvml = card.gpu, card.decision.target_mw, self._gpus.nvml
         assert target_mw is not None
+        if card.decision.action == "note":  # the ledger has it, the GPU has nothing to learn
+            self._done(card, target_mw)
+            return
         try:
             before_mw = nvml.limit_mw(card.handle)
             if before_mw != target_mw:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from shared import messages as m
@@ -45,6 +47,23 @@ def test_a_limit_of_a_pod_holds_on_each_of_its_gpus() -> None:
         node.snapshot({A: 300})
         assert [node.limit(k) for k in range(4)] == [300, 700, 300, 300]
         assert len(node.pod(A).gpus) == 3
+
+
+def test_another_pod_that_asks_for_the_same_is_entered_and_nothing_is_written() -> None:
+    """Also where the hardware keeps whole watts, so that the limit is not to the milliwatt."""
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 350.5})
+        node.gpus[0].limit_mw = 350_000
+        node.run_pod(B)
+        node.snapshot({A: 350.5, B: 350.5})
+        wait_until(lambda: node.gpu().pods == sorted([A, B]), "both pods")
+        node.looks()
+        assert node.writes() == 1
+        assert node.gpu().writes == {"acquire": 1}
+        (entry,) = json.loads((node.state_dir / "ledger.json").read_bytes())["gpus"].values()
+        assert entry["pods"] == sorted([A, B])
 
 
 def test_a_first_gpu_process_of_a_waiting_pod_is_found_soon() -> None:
