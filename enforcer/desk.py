@@ -42,7 +42,7 @@ class Desk:
         for incoming in requests:
             try:
                 request = m.decode_request(incoming.payload)
-                if incoming.uid not in self._may[type(request)]:
+                if incoming.uid not in self._may.get(type(request), ()):
                     raise m.RefusedError("denied", f"uid {incoming.uid} may not send that")
                 if isinstance(request, m.Ping):
                     up_s = time.monotonic() - self.started_s
