@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import simulator_pod
-from tests.cluster.cluster import Cluster, Object
+from tests.cluster.cluster import Cluster, KubectlError, Object
 from tests.cluster.waiting import wait_for
-from tests.simnode import gpus as sim_gpus
 from tests.simnode.gpus import SetRecord
 from tests.simnode.nvml import SONAME, build_library
 
@@ -21,11 +22,12 @@ PLACE = "/var/lib/simulated-gpus"
 LIBRARY, STATE = f"{PLACE}/lib", f"{PLACE}/state"
 MODEL = "H100"
 
-_MODULES = {
-    "tests/cluster/simulator_pod.py": Path(simulator_pod.__file__),
-    "tests/simnode/gpus.py": Path(sim_gpus.__file__),
-    "tests/simnode/nvml/__init__.py": Path(sim_gpus.__file__).parent / "nvml/__init__.py",
-}
+_ROOT = Path(__file__).resolve().parents[2]
+# Prints the files of this tree that the driver's program imports.
+_FIND_MODULES = """
+import sys, tests.cluster.simulator_pod
+print(*(m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] == "tests"), sep="\\n")
+"""
 # Run in the driver's pod; `@` stands for the zero byte, which no argument can hold.
 _FIND_PROCESSES = """
 import pathlib, sys
@@ -48,10 +50,18 @@ print(answer.read().decode())
 """
 
 
+def _modules() -> list[str]:
+    found = subprocess.run(
+        [sys.executable, "-c", _FIND_MODULES], cwd=_ROOT, capture_output=True, text=True, check=True
+    )
+    return [str(Path(file).relative_to(_ROOT)) for file in found.stdout.splitlines()]
+
+
 def objects(image: str, count: int) -> list[Object]:
     """Namespace, code and pod."""
     metadata = {"namespace": NAMESPACE, "name": "simulator"}
-    code = {name.replace("/", "."): path.read_text() for name, path in _MODULES.items()}
+    modules = _modules()
+    code = {name.replace("/", "."): (_ROOT / name).read_text() for name in modules}
     library = base64.b64encode((build_library() / SONAME).read_bytes()).decode()
     container = {
         "name": "driver",
@@ -66,7 +76,7 @@ def objects(image: str, count: int) -> list[Object]:
             {"name": "node", "mountPath": str(simulator_pod.NODE)},
         ],
     }
-    paths = [{"key": name.replace("/", "."), "path": name} for name in _MODULES]
+    paths = [{"key": name.replace("/", "."), "path": name} for name in modules]
     spec = {
         "hostPID": True,
         "containers": [container],
@@ -203,8 +213,12 @@ class Gpus:
 
 def install(cluster: Cluster, image: str, *, count: int = 4, local: Path | None = None) -> Gpus:
     cluster.apply(*objects(image, count))
-    cluster.kubectl("wait", "-n", NAMESPACE, f"pod/{POD}", "--for=condition=Ready",
-                    "--timeout=60s")  # fmt: skip
+    try:
+        cluster.kubectl("wait", "-n", NAMESPACE, f"pod/{POD}", "--for=condition=Ready",
+                        "--timeout=60s")  # fmt: skip
+    except KubectlError as error:
+        said = cluster.run("logs", "-n", NAMESPACE, POD).stdout.decode(errors="replace")
+        raise KubectlError(f"{error}\nits log:\n{said}\n{cluster.logs()}") from None
     return Gpus(cluster, count, local)
 
 
