@@ -26,7 +26,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 # Prints the files of this tree that the driver's program imports.
 _FIND_MODULES = """
 import sys, tests.cluster.simulator_pod
-print(*(m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] == "tests"), sep="\\n")
+for name, module in sys.modules.items():
+    if name.partition(".")[0] == "tests":
+        print(module.__file__)
 """
 # Run in the driver's pod; `@` stands for the zero byte, which no argument can hold.
 _FIND_PROCESSES = """
