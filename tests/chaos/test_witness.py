@@ -72,6 +72,18 @@ RUNS = [view(t, A, pod_a=300_000) for t in range(20)]
             id="given-back-at-the-end",
         ),
         pytest.param(
+            [*(view(t, pod_a=300_000) for t in range(12)), *(view(t, A) for t in range(12, 20))],
+            [a_set(15, 300_000)],
+            None,
+            id="came-when-it-had-just-ceased-to-ask",
+        ),
+        pytest.param(
+            [*(view(t, pod_a=300_000) for t in range(9)), *(view(t, A) for t in range(9, 20))],
+            [a_set(15, 300_000)],
+            "no process",
+            id="came-long-after-it-had-ceased-to-ask",
+        ),
+        pytest.param(
             [view(0, A, pod_a=270_000), *RUNS[1:]],
             [a_set(15, 270_000)],
             "nobody on it asked",

@@ -112,10 +112,12 @@ class Witness:
         now_ns = record.monotonic_ns
         since_ns = held.since_ns if held else now_ns
         there = self._during(self._back(since_ns, self.scan_ns), now_ns)
-        users = {uid for view in there for uid in view.on.get(board.uuid, ()) if uid in view.asks}
+        told = self._during(min(since_ns, self._back(now_ns, self.lag_ns)), now_ns)
+        annotated = {uid for view in told for uid in view.asks}
+        # Not in one view: a pod may move on before the agent can hear that it asks no more.
+        users = {uid for view in there for uid in view.on.get(board.uuid, ())} & annotated
         if not users:
             return f"no process of an annotated pod: {record}"
-        told = self._during(min(since_ns, self._back(now_ns, self.lag_ns)), now_ns)
         asked = {mw for view in told for uid in users if (mw := view.asks.get(uid)) is not None}
         if record.requested_mw not in {board.clamp(mw) for mw in asked}:
             return f"nobody on it asked for that, but {sorted(asked)}: {record}"
