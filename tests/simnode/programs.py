@@ -161,6 +161,15 @@ def children_of(parent: int, program: str | None = None) -> list[int]:
     return found
 
 
+def descriptors_of(pid: int) -> dict[int, str]:
+    """What its descriptors lead to; some are closed while they are looked at."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(entry.name)] = os.readlink(entry)  # noqa: PTH115 - socket:[7] is no path
+    return found
+
+
 def agent_environment() -> dict[str, str]:
     """What the agent has of this process's own environment: nothing of Kubernetes, no proxies."""
     return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"}
