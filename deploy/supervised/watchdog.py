@@ -68,10 +68,11 @@ class Watchdog:
             self._log.error("beyond_saving", program=payload.get("processname"))
             os.kill(self._supervisor, signal.SIGTERM)
         elif payload.get("processname") == "enforcer":
-            # STARTING, BACKOFF and above all STOPPING, while it gives every GPU back.
-            self._running = event == "PROCESS_STATE_RUNNING"
-            self._has_answered = False
-            self._unanswered = 0
+            # Not EXITED, BACKOFF and above all STOPPING, while it gives every GPU back.
+            self._running = event in ("PROCESS_STATE_STARTING", "PROCESS_STATE_RUNNING")
+            if event != "PROCESS_STATE_RUNNING":  # which is the process that was STARTING
+                self._has_answered = False
+                self._unanswered = 0
             self._tick()  # at once: the sooner it has answered, the sooner a hang shows
 
     def _tick(self) -> None:

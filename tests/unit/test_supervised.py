@@ -372,10 +372,14 @@ def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(count):
             watchdog.hear("TICK_5", {})
 
+    def state(name: str) -> None:
+        watchdog.hear(f"PROCESS_STATE_{name}", {"processname": "enforcer"})
+
     ticks(2, answered=False)
-    watchdog.hear("PROCESS_STATE_STOPPING", {"processname": "enforcer"})
+    state("STOPPING")
     ticks(5, answered=False)
-    watchdog.hear("PROCESS_STATE_RUNNING", {"processname": "enforcer"})
+    state("STARTING")
+    state("RUNNING")
     ticks(50, answered=False)
     assert killed == [], "stopping, or not up yet"
     ticks(1, answered=True)
@@ -385,6 +389,14 @@ def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) 
     assert killed == [], "never three in a row"
     ticks(1, answered=False)
     assert killed == [4711]
+
+    state("EXITED")
+    ticking.answers = True
+    state("STARTING")
+    ticking.answers = False
+    state("RUNNING")
+    ticks(2, answered=False)
+    assert killed == [4711, 4711], "it answered before it counted as running"
 
 
 def test_an_enforcer_that_hangs_before_its_first_answer_is_killed_after_minutes(
@@ -405,7 +417,7 @@ def test_an_enforcer_that_hangs_before_its_first_answer_is_killed_after_minutes(
             pass
 
     watchdog = module.Watchdog(Hung(), Quiet())
-    watchdog.hear("PROCESS_STATE_RUNNING", {"processname": "enforcer"})
+    watchdog.hear("PROCESS_STATE_STARTING", {"processname": "enforcer"})
     for _ in range(module.UNANSWERED_FROM_THE_START - 2):
         watchdog.hear("TICK_5", {})
     assert killed == []
