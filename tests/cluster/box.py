@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.cluster.parts import LackingError
+from tests.cluster.parts import LackingError, require_root
 from tests.cluster.waiting import wait_for
 from tests.simnode.controlplane_process import Spawner
 from tests.simnode.guardian import Guardian
@@ -38,8 +37,7 @@ class BoxError(Exception):
 
 def require() -> None:
     """Raise LackingError where this machine lets nobody make namespaces and cgroups."""
-    if os.geteuid() != 0:
-        raise LackingError("mounts, namespaces and containers need root; run this as root")
+    require_root()
     trial = ["unshare", *NAMESPACES, "--fork", "mount", "-t", "tmpfs", "none", "/mnt"]
     tried = subprocess.run(trial, capture_output=True, text=True, check=False)
     if tried.returncode != 0:

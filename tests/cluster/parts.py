@@ -51,6 +51,11 @@ def lacking(*needs: dict[str, str]) -> list[str]:
     return sorted(wanted)
 
 
+def require_root() -> None:
+    if os.geteuid() != 0:
+        raise LackingError("mounts, namespaces and containers need root; run this as root")
+
+
 def require(*needs: dict[str, str]) -> None:
     """Raise LackingError unless everything is there already, the node's binaries included."""
     if packages := lacking(*needs):
@@ -61,8 +66,7 @@ def require(*needs: dict[str, str]) -> None:
 
 def provide(*needs: dict[str, str]) -> None:
     """Install what is missing where that is possible: as root, with apt-get."""
-    if os.geteuid() != 0:
-        raise LackingError("mounts, namespaces and containers need root; run this as root")
+    require_root()
     packages = lacking(*needs)
     if not packages:
         return
