@@ -104,6 +104,13 @@ class ControlPlane(Objects):
     def freeze(self) -> None:
         """Half-open: connections are accepted, nothing is answered, open watches say nothing."""
         os.kill(self._apiserver.pid, signal.SIGSTOP)
+        # Its threads stop one after the other, each when it next enters the kernel.
+        tasks = Path(f"/proc/{self._apiserver.pid}/task")
+        deadline = time.monotonic() + 10
+        while any(b") T " not in (task / "stat").read_bytes() for task in tasks.iterdir()):
+            if time.monotonic() > deadline:
+                raise ControlPlaneError("the API server does not stop for SIGSTOP")
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         os.kill(self._apiserver.pid, signal.SIGCONT)

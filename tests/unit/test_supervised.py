@@ -37,7 +37,8 @@ import json, os, pathlib, signal, sys
 program = sys.argv[-1]
 def leave(*_):
     try:
-        print(json.dumps({{"component": program, "event": "stopped"}}), flush=True)
+        # Not by print, which may be what was interrupted.
+        os.write(1, json.dumps({{"component": program, "event": "stopped"}}).encode() + b"\\n")
     finally:
         os._exit(0)  # whatever the interpreter was at, and also where nobody reads
 signal.signal(signal.SIGTERM, leave)
