@@ -34,6 +34,7 @@ def main() -> int:
             log.warning("ledger", why=said)
         prepare_directory(config.run_dir)
         privileges.drop()  # before libzmq starts threads: each has its own capabilities
+        procfs.check_sight(config.proc_root)
         server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
     except (LedgerError, TransportError, procfs.BlindError, privileges.TooMuchError) as error:
         settings.exit_usage(_NAME, str(error))

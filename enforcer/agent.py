@@ -17,7 +17,7 @@ from shared import messages as m
 from shared.logs import Log
 from shared.settings import EnforcerSettings
 from shared.transport import Server
-from shared.units import same_limit
+from shared.units import MAX_MW, same_limit
 
 _WAITING_SCAN_S, _WAITING_FOR_S = 0.1, 60.0  # a CUDA context comes seconds after its pod
 _TURN_S = 0.02  # snapshots that come faster are decided on together
@@ -82,7 +82,7 @@ class Agent:
             self._desk.changed, self._looked_s = False, now
         needed = bool(desired.pods or self._ledger.entries) or now < self._asked_s + _IDLE_S
         scan = now >= self._scan_s or not self._gpus.nvml.is_open or bool(self._homeless(desired))
-        if (needed or self._gpus.incomplete) and self._gpus.opened(now):
+        if (needed or self._gpus.incomplete) and self._gpus.opened(now, needed=needed):
             if now >= self._gpus.read_s + self._config.reconcile_s:
                 self._gpus.read(now)
             self._decide_and_act(desired, None if scan else self._touched(desired))
@@ -116,7 +116,8 @@ class Agent:
         seen = self._gpus.observe(desired, among)
         for uuid, decision in plan(desired, seen, entries, self._rules).items():
             card, action, why = self._cards[uuid], decision.action, decision.reason
-            if decision.state != card.decision.state:
+            if decision.state != card.logged:
+                card.logged = decision.state
                 self._log.info("gpu_state", uuid=uuid, state=decision.state, why=why)
             if card.failed and action == "drift":  # the write that failed, once more
                 action = card.failed.action
@@ -144,10 +145,12 @@ class Agent:
         owned = entries.get(gpu.uuid)
         if owned is None:
             self._gpus.read_one(card)
-            if gpu.limit_mw is None:
-                self._failed(card, "UNREADABLE", "not taken: its present limit cannot be read")
+            original_mw = gpu.limit_mw or 0
+            if not 0 < original_mw <= MAX_MW:
+                why = f"not taken: its present limit cannot be read ({gpu.limit_mw} mW)"
+                self._failed(card, "UNREADABLE", why)
                 return
-            owned = Owned(gpu.limit_mw, target_mw, decision.pods, time.time())
+            owned = Owned(original_mw, target_mw, decision.pods, time.time())
         pods, aliases = decision.pods, decision.aliases
         entries[gpu.uuid] = replace(owned, set_mw=target_mw, pods=pods, aliases=aliases)
 
@@ -247,6 +250,6 @@ class Agent:
         """Give every GPU back, or leave limits and ledger for the next start, as configured."""
         if self._config.on_exit == "restore" and self._ledger.entries:
             self._gpus.retry_now()
-            if self._gpus.opened(time.monotonic()):
+            if self._gpus.opened(time.monotonic(), needed=True):
                 self._decide_and_act(Desired("stopping"), ())
         self._gpus.close()

@@ -67,7 +67,8 @@ class Desk:
     def _take(self, new: m.Snapshot) -> None:
         last = self.snapshot
         if new.session in self._retired:
-            if time.monotonic() - self._heard_s <= _LIVING_S:
+            # Before a lease gives everything back, the newer one being gone.
+            if time.monotonic() - self._heard_s <= min(_LIVING_S, (self._lease_s or 1e9) / 2):
                 raise m.RefusedError("stale", f"session {new.session} was replaced by a newer one")
             self._retired.remove(new.session)  # the newer one is gone
         if last and last.session == new.session and new.revision < last.revision:
@@ -76,6 +77,7 @@ class Desk:
             self._retired.append(last.session)
             self._log.info("watcher_session", session=new.session, replaces=last.session)
         self._counts.snapshots += 1
+        self.changed |= self.desired().link != "living"  # what a silence had put off is due
         self._heard_s = time.monotonic()
         self.snapshot = new
         if last is None or (last.pods, last.others) != (new.pods, new.others):

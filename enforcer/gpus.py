@@ -41,6 +41,7 @@ class Card:
     occupants: Occupants | None = None  # None: its process list cannot be read
     decision: Decision = _UNDECIDED
     failed: Decision | None = None  # what could not be done last, and why
+    logged: str = _UNDECIDED.state
     retry: Retry = field(default_factory=Retry)
     wrote_s: float = -WRITE_GAP_S
     drifted_to_mw: int | None = None
@@ -84,35 +85,50 @@ class Gpus:
         self.incomplete = True  # NVML or a GPU is missing: look for it again
         self.read_s = 0.0  # when limits were last read
         self._retry = Retry()
+        self._refused = False  # NVML itself could not be opened
 
-    def opened(self, now: float) -> bool:
-        """Open NVML, or open it anew when a GPU is missing; tells whether it is usable."""
-        if now < self._retry.due_s or (self.nvml.is_open and not self.incomplete):
+    def opened(self, now: float, *, needed: bool) -> bool:
+        """Open NVML, or open it anew when a GPU is missing; tells whether it is usable.
+
+        A missing GPU is waited for; it lets no pod on another one wait (I11).
+        """
+        if self.nvml.is_open and not self.incomplete:
+            if now >= self._retry.due_s:  # whole for as long as the next wait would be
+                self._retry = Retry()
+            return True
+        if now < self._retry.due_s and (self.nvml.is_open or self._refused or not needed):
             return self.nvml.is_open
         self._retry.failed()
         found: list[tuple[Handle, m.Gpu]] = []
-        faults: list[str] = []
+        faults: list[NvmlError] = []
         try:
             found, faults = self.nvml.open()
         except NvmlError as error:
             self.nvml.close()
             self._say("absent" if error.absent else "failing", str(error))
         else:
-            self._say("failing" if faults else "ok", "; ".join(faults) or "ok")
+            usable = not faults or any(seen.max_mw for _, seen in found)
+            self._say("ok" if usable else "failing", "; ".join(map(str, faults)) or "ok")
+        self._refused = not self.nvml.is_open
         for handle, seen in found:
-            card = self.cards.setdefault(seen.uuid, Card(seen))
-            if card.gpu.state == "lost":
-                self.tell(m.GpuBack, card, None, f"it answers again, as GPU {seen.index}")
-            seen.writes, seen.write_failures = card.gpu.writes, card.gpu.write_failures
-            card.handle, card.gpu = handle, seen
+            self._found(handle, seen)
         present = {seen.uuid for _, seen in found}
         for uuid in self.cards.keys() - present:
             self.lose(self.cards[uuid], "not among the GPUs that NVML lists")
-        self.incomplete = not self.nvml.is_open or bool(faults) or len(present) < len(self.cards)
-        if not self.incomplete:
-            self._retry = Retry()
+        self.incomplete = self._refused or len(present) < len(self.cards)
+        self.incomplete |= not all(fault.lacking for fault in faults)  # a board stays as it is
         self.read(now)
         return self.nvml.is_open
+
+    def _found(self, handle: Handle, seen: m.Gpu) -> None:
+        card = self.cards.setdefault(seen.uuid, Card(seen))
+        last = card.gpu
+        if last.state == "lost":
+            self.tell(m.GpuBack, card, None, f"it answers again, as GPU {seen.index}")
+        if seen.max_mw is None:  # what it told before holds: a board's bounds do not change
+            seen.min_mw, seen.default_mw, seen.max_mw = last.min_mw, last.default_mw, last.max_mw
+        seen.writes, seen.write_failures = last.writes, last.write_failures
+        card.handle, card.gpu = handle, seen
 
     def retry_now(self) -> None:
         """Forget every wait: this is the last chance."""
@@ -130,9 +146,10 @@ class Gpus:
 
     def _say(self, state: m.NvmlState, why: str) -> None:
         me = self._me
+        me.driver_version = self.nvml.driver_version
         if (state, why) != (me.nvml, me.nvml_message):
-            me.nvml, me.nvml_message, me.driver_version = state, why, self.nvml.driver_version
-            say = self._log.info if state == "ok" else self._log.error
+            me.nvml, me.nvml_message = state, why
+            say = self._log.info if why == "ok" else self._log.error
             say("nvml", state=state, why=why, driver=me.driver_version)
 
     def lose(self, card: Card, why: str) -> None:
@@ -203,5 +220,6 @@ class Gpus:
                 found.add(owner)
                 name = desired.uid_of(owner) if isinstance(owner, str) else owner.value
                 shown.append(m.Process(pid=pid, owner=name, evidence=evidence))
+        shown.sort(key=lambda process: process.owner not in desired.pods)
         card.gpu.processes = shown[:_SHOWN]
         return frozenset(found)

@@ -120,6 +120,8 @@ class Ledger:
         """
         book = _Book(_VERSION, self._boot_id, dict(entries)).sealed()
         text = msgspec.json.format(msgspec.json.encode(book, order="sorted"), indent=1)
+        if len(text) >= _MAX_BYTES:  # what could not be read again
+            raise LedgerError(f"{self.path} would have {len(text)} bytes, at most {_MAX_BYTES}")
         try:
             self._replace(text + b"\n", durable=not entries.keys() <= self.entries.keys())
         except OSError as error:

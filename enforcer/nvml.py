@@ -37,6 +37,7 @@ class NvmlError(Exception):
         self.name = _NAMES.get(code, f"CODE_{code}")
         super().__init__(f"{operation}: {self.name}{_REMEDIES.get(self.name, '')}")
         self.absent = self.name in ("LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED")
+        self.lacking = self.name in _LACKING
         self.stale = self.name in _STALE
 
 
@@ -53,8 +54,11 @@ class Nvml:
     is_open = False
     driver_version: str | None = None
 
-    def open(self) -> tuple[list[tuple[Handle, Gpu]], list[str]]:
-        """Initialise NVML anew; return the usable GPUs and what is wrong with the others."""
+    def open(self) -> tuple[list[tuple[Handle, Gpu]], list[NvmlError]]:
+        """Initialise NVML anew; return the GPUs and what went wrong.
+
+        A GPU that does not tell its limits is among them without any.
+        """
         self.close()
         _call(pynvml.nvmlInit)
         self.is_open = True
@@ -63,17 +67,15 @@ class Nvml:
         for index in range(_call(pynvml.nvmlDeviceGetCount)):
             try:
                 handle = _call(pynvml.nvmlDeviceGetHandleByIndex, index)
-                low_mw, high_mw = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
-                default_mw = _call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
-                uuid, name = (
-                    _call(get, handle)
-                    for get in (pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName)
-                )
-                gpu = Gpu(index=index, uuid=uuid, name=name, min_mw=low_mw, max_mw=high_mw)
-                gpu.default_mw = default_mw
+                gpu = Gpu(index=index, uuid=_call(pynvml.nvmlDeviceGetUUID, handle))
                 found.append((handle, gpu))
+                gpu.name = _call(pynvml.nvmlDeviceGetName, handle)
+                bounds = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+                gpu.default_mw = _call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
+                gpu.min_mw, gpu.max_mw = bounds
             except NvmlError as error:
-                faults.append(f"GPU {index}: {error}")
+                error.args = (f"GPU {index}: {error}",)
+                faults.append(error)
         return found, faults
 
     def close(self) -> None:
@@ -92,7 +94,7 @@ class Nvml:
                     found |= {process.pid for process in _call(query, handle)}
                     break
                 except NvmlError as error:
-                    if error.name in _LACKING and query is not _PROCESS_LISTS[0]:
+                    if error.lacking and query is not _PROCESS_LISTS[0]:
                         break
                     if error.name != "INSUFFICIENT_SIZE" or not left:
                         raise
@@ -117,5 +119,5 @@ class Nvml:
             try:
                 setattr(gpu, name, int(_call(query, handle)))
             except NvmlError as error:
-                if error.name not in _LACKING:
+                if error.stale:  # else it is not known, which is no reason to doubt the limit
                     raise

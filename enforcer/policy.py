@@ -133,6 +133,8 @@ class _Case:
             return self._hold(why) if self.owned else Decision("free", why)
         if self.gpu.occupants is None:
             return self._hold("its process list cannot be read")
+        if self.owned and self.gpu.limit_mw is None:
+            return self._hold("its limit cannot be read")
         if Stranger.UNKNOWN in self.gpu.occupants:
             return self._hold("a process on it cannot be told to be a pod's or not")
         decision = self._by_pods(self.desired.pods_among(self.gpu.occupants))
@@ -145,7 +147,7 @@ class _Case:
         mine = self.owned.pods if self.owned else frozenset()
         ghosts = (uids & self._ids()) - wanted - others  # deleted by force, or an API in error
         if asking := uids & wanted:
-            return self._grant(asking, ghosts)
+            return self._grant(asking, ghosts) if self.gpu.max_mw else self._lacking()
         if ghosts:
             return self._hold(_still_runs(ghosts))
         if occupied and not uids & mine & others:
@@ -187,6 +189,11 @@ class _Case:
             target, why = self.owned.set_mw, _still_runs(ghosts)
         return self._keep(max(low, min(high, target)), asking | ghosts, why)
 
+    def _lacking(self) -> Decision:
+        return replace(
+            self._hold("it takes no power limit, or does not tell which"), state="failed"
+        )
+
     def _ids(self) -> frozenset[str]:
         return self.owned.pods | self.owned.aliases if self.owned else frozenset()
 
@@ -200,7 +207,9 @@ class _Case:
             action = "drift"
         elif pods != self.owned.pods:
             action = "note"
-        aliases = {alias for alias, uid in self.desired.ids.items() if uid in pods}
+        # Only what its processes show: nothing that was merely sent grows the ledger.
+        shown = self.desired.ids.keys() & (self.gpu.occupants or ())
+        aliases = {alias for alias in shown if self.desired.uid_of(alias) in pods}
         if self.owned and pods & self._ids():
             aliases |= self.owned.aliases
         reason = f"{w(target_mw)} W: {why}"
@@ -212,8 +221,15 @@ class _Case:
         kept = replace(self._keep(self.owned.set_mw, self.owned.pods, why), state="held")
         low, high = self.rules.bounds(self.gpu.min_mw, self.gpu.max_mw)
         # Without pods it was being given back when the enforcer was killed: it may be a stranger's.
-        may = self.owned.pods and low <= self.owned.set_mw <= high
+        may = self.owned.pods and low <= self.owned.set_mw <= high and not self._taken()
         return kept if may else replace(kept, action=None)
+
+    def _taken(self) -> bool:
+        """Tell whether surely none but strangers run on it (I1)."""
+        who = self.gpu.occupants
+        if not who or Stranger.UNKNOWN in who:
+            return False
+        return not self.desired.pods_among(who) & (self._ids() | self.desired.pods.keys())
 
     def _give_back(self, why: str) -> Decision:
         if self.owned is None:
@@ -225,7 +241,9 @@ class _Case:
         return Decision("free", f"given back at {w(target)} W: {why}", target, action="release")
 
     def _gives_power(self, decision: Decision) -> bool:
-        has_mw = self.owned.set_mw if self.owned else self.gpu.limit_mw
+        # Without pods it is being given back, which may not have reached the hardware.
+        held = self.owned and self.owned.pods
+        has_mw = self.owned.set_mw if self.owned and held else self.gpu.limit_mw
         raised = has_mw is None or (decision.target_mw or 0) > has_mw
         return decision.action == "release" or (decision.action in ("acquire", "adjust") and raised)
 

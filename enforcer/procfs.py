@@ -1,5 +1,6 @@
 """The host's /proc: the only file that reads it, and the checks that it is the host's indeed."""
 
+import contextlib
 import ctypes
 import os
 import time
@@ -12,6 +13,7 @@ from enforcer.policy import Stranger
 _ENDED = (FileNotFoundError, ProcessLookupError)  # ENOENT on opening, ESRCH on reading
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
+_PF_EXITING = 0x4  # linux/sched.h
 _USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
 _SHOWN_BYTES = 300
 
@@ -25,13 +27,32 @@ def _read(path: str) -> bytes:
         return file.readall()
 
 
-def _started_ticks(directory: str) -> int | None:
-    """Return when the process started (field 22 of stat, proc(5)), None if there is no stat."""
+def _stat(directory: str) -> tuple[int | None, bool]:
+    """Return when a task started (field 22 of stat, proc(5)) and whether it exits (field 9).
+
+    None and False where there is no stat.
+    """
     try:
         # The name in parentheses may hold anything, also parentheses.
-        return int(_read(f"{directory}/stat").rpartition(b")")[2].split()[19])
+        fields = _read(f"{directory}/stat").rpartition(b")")[2].split()
     except _ENDED:
-        return None
+        return None, False
+    return int(fields[19]), bool(int(fields[6]) & _PF_EXITING)
+
+
+def _cgroup_of_a_living_thread(directory: str) -> bytes:
+    """Return what a thread shows that does not exit; raises ProcessLookupError without any.
+
+    In a version 1 hierarchy a task that exits shows `/` (kernel/cgroup/cgroup.c,
+    proc_cgroup_show), and a process may outlive its first thread.
+    """
+    for thread in os.listdir(f"{directory}/task"):  # noqa: PTH208 - names are all it takes
+        task = f"{directory}/task/{thread}"
+        with contextlib.suppress(*_ENDED):
+            text = _read(f"{task}/cgroup")
+            if not _stat(task)[1]:
+                return text
+    raise ProcessLookupError
 
 
 def now_ticks() -> int:
@@ -53,9 +74,11 @@ class ProcessReader:
         """
         directory = f"{self._proc}/{pid}"
         try:
-            before = _started_ticks(directory)
+            before, _ = _stat(directory)
             text = _read(f"{directory}/cgroup")
-            after = _started_ticks(directory)
+            after, exits = _stat(directory)
+            if exits:
+                text = _cgroup_of_a_living_thread(directory)
         except _ENDED:
             return None, "ended"
         except (OSError, ValueError, IndexError) as error:
@@ -70,6 +93,21 @@ def boot_id(proc_root: Path) -> str:
     """Return the id of this boot: with another one, hardware has forgotten its limits."""
     own = proc_root / "sys/kernel/random/boot_id"
     return _read(str(own if own.exists() else Path("/proc/sys/kernel/random/boot_id"))).decode()
+
+
+def check_sight(proc_root: Path) -> None:
+    """Raise BlindError where processes of others are hidden: all would look as if they had ended.
+
+    To be asked with the privileges that are kept: hidepid (proc(5)) looks at them.
+    """
+    try:
+        if "self" in os.listdir(proc_root):  # noqa: PTH208 - else no kernel's, and not complete
+            _read(f"{proc_root}/1/cgroup")
+    except OSError as error:
+        raise BlindError(
+            f"POWER_AGENT_PROC_ROOT='{proc_root}': {error.strerror} on looking for process 1; "
+            "name the host's proc, mounted without hidepid"
+        ) from error
 
 
 def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[str, ...]:

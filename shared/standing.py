@@ -45,15 +45,23 @@ def _state(asked: m.DesiredPod, mine: list[m.Gpu], clamp: Clamp) -> tuple[m.PodS
     for gpu in mine:
         if gpu.target_mw is None:  # held, or decided on in a dry run
             return "waiting" if gpu.state == "managed" else "failed", _of(gpu)
-        if gpu.limit_mw is None or not same_limit(gpu.limit_mw, gpu.target_mw):
-            return "waiting", f"about to be written: {_of(gpu)}"
-    lowest = min(mine, key=lambda gpu: gpu.target_mw or 0)
-    wanted = clamp(asked.limit_mw, lowest)
-    if lowest.target_mw != wanted:
-        return "conflict", _of(lowest)
-    if wanted != asked.limit_mw:
-        return "clamped", f"asked {w(asked.limit_mw)} W; {_of(lowest)}"
-    return "enforced", f"{w(wanted)} W on {len(mine)} GPU"
+        if gpu.limit_mw is None:
+            return "failed", _of(gpu)
+        if not same_limit(gpu.limit_mw, gpu.target_mw):
+            return "waiting", f"it has {w(gpu.limit_mw)} W; {_of(gpu)}"
+    return _settled(asked.limit_mw, mine, clamp)
+
+
+def _settled(asked_mw: int, mine: list[m.Gpu], clamp: Clamp) -> tuple[m.PodState, str]:
+    """Return how a pod stands whose GPUs all have what they are to have."""
+    others = [gpu for gpu in mine if gpu.target_mw != clamp(asked_mw, gpu)]
+    if others:
+        lowest = min(others, key=lambda gpu: gpu.target_mw or 0)
+        return "failed" if lowest.state == "held" else "conflict", _of(lowest)
+    for gpu in mine:
+        if gpu.target_mw != asked_mw:
+            return "clamped", f"asked {w(asked_mw)} W; {_of(gpu)}"
+    return "enforced", f"{w(asked_mw)} W on {len(mine)} GPU"
 
 
 def _of(gpu: m.Gpu) -> str:

@@ -342,10 +342,22 @@ def test_a_board_that_cannot_be_read_at_start_delays_no_other() -> None:
         node.run_pod(A, 0, 1)
         node.snapshot({A: 300})
         assert node.limit(1) == 300
-        assert node.status().enforcer.nvml == "failing"
+        enforcer = node.status().enforcer
+        assert enforcer.nvml == "ok"  # it can be used: one board is no reason to call it failing
+        assert "GPU 0: nvmlDeviceGetPowerManagementLimitConstraints" in enforcer.nvml_message
+        assert node.logs("nvml")[-1]["level"] == "error"
+        assert node.gpu(0).state == "failed"
         node.gpus[0].clear_faults()
         node.wait_limit(300)
-        assert node.status().enforcer.nvml == "ok"
+        assert node.status().enforcer.nvml_message == "ok"
+
+
+def test_where_no_board_can_be_read_nvml_is_failing() -> None:
+    with EnforcerNode() as node:
+        for gpu in node.gpus:
+            gpu.fault("nvmlDeviceGetPowerManagementLimitConstraints", error=UNKNOWN_ERROR)
+        node.start()
+        assert node.status().enforcer.nvml == "failing"
 
 
 # ---- disks ----

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,33 @@ def test_in_kubernetes_with_another_proc_root_the_checks_do_not_apply() -> None:
         node.settings["KUBERNETES_SERVICE_HOST"] = "10.0.0.1"
         node.start()
         assert node.status().enforcer.cgroup_roots == ["/", "/kubelet", "/kubelet.slice"]
+
+
+def test_i5_a_proc_that_is_not_there_is_refused() -> None:
+    with EnforcerNode() as node:
+        status, said = node.run_to_end(proc_root="/nonexistent")
+        assert status == 2
+        assert said.count("\n") == 1
+        assert "POWER_AGENT_PROC_ROOT='/nonexistent'" in said
+
+
+def test_i5_a_proc_that_hides_processes_is_refused(tmp_path: Path) -> None:
+    """Every process would look as if it had ended, and every GPU idle."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    if tuple(map(int, os.uname().release.split(".")[:2])) < (5, 8):
+        pytest.skip("before Linux 5.8 the option would hold for every proc of this machine")
+    mount = ["mount", "-t", "proc", "-o", "hidepid=2,gid=4242", "proc", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a proc is not allowed here")
+    try:
+        with EnforcerNode() as node:
+            status, said = node.run_to_end(proc_root=str(tmp_path))
+            assert status == 2, said
+            assert said.count("\n") == 1
+            assert "without hidepid" in said
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_the_cgroup_root_that_was_set_is_shown() -> None:

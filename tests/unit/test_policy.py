@@ -301,9 +301,9 @@ def test_row_drift_while_held_is_mended_too() -> None:
     assert outcome(decision) == ("held", 300_000, "drift")
 
 
-def test_row_drift_is_not_seen_where_the_limit_cannot_be_read() -> None:
-    decision = decide(living({A: 300_000}), seen(A, limit_mw=None), owned(300_000, A))
-    assert outcome(decision) == ("managed", 300_000, None)
+def test_row_an_owned_limit_that_cannot_be_read_is_held() -> None:
+    decision = decide(living({A: 250_000}), seen(A, limit_mw=None), owned(300_000, A))
+    assert outcome(decision) == ("held", 300_000, None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""GPUs that answer in part, or not at all: what of it bears on them, on others, on the log."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+
+A, B, C = pod_uid(1), pod_uid(2), pod_uid(3)
+GPU_IS_LOST, UNKNOWN, NOT_SUPPORTED, RESET_REQUIRED = 15, 999, 3, 16
+LISTS = "nvmlDeviceGetComputeRunningProcesses"
+
+
+def test_i11_a_missing_gpu_delays_no_question_and_no_new_pod_on_an_idle_node() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.snapshot({})
+        node.gpus[1].vanish()
+        node.wait_state("lost", 1)
+
+        def searched() -> int:
+            node.heartbeat()
+            return len(node.gpus.inits())
+
+        seen = searched()
+        wait_until(lambda: searched() >= seen + 6, "three searches, each opens and shuts", 20)
+        assert node.gpu(0).limit_mw == 700_000  # the next search is seconds away
+        node.run_pod(A, 0)
+        node.snapshot({A: 300})
+        node.wait_limit(300, 0, 2)
+
+
+def in_three_seconds(node: EnforcerNode) -> tuple[int, int]:
+    """How often NVML is opened and shut, and how many lines are logged."""
+    lines, inits = len(node.logs()), len(node.gpus.inits())
+    node.lives_for(3)
+    return len(node.gpus.inits()) - inits, len(node.logs()) - lines
+
+
+@pytest.mark.parametrize("error", [GPU_IS_LOST, RESET_REQUIRED])
+def test_i10_a_gpu_whose_process_list_is_lost_is_no_storm(error: int) -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(B, 1)
+        node.snapshot({B: 300})
+        node.gpus[0].fault(LISTS, error=error)
+        node.wait_state("lost", 0)
+        inits, lines = in_three_seconds(node)  # searches after 1 and 2 s
+        assert inits <= 6
+        assert lines <= 12
+
+
+def test_i10_with_the_default_pace_too() -> None:
+    with EnforcerNode(scan_seconds="1", reconcile_seconds="15") as node:
+        node.start()
+        node.run_pod(A, 0)
+        node.run_pod(B, 1)
+        node.snapshot({A: 300, B: 300})
+        node.gpus[0].fault(LISTS, error=GPU_IS_LOST)
+        node.wait_state("lost", 0)
+        inits, lines = in_three_seconds(node)  # searches after 1 and 2 s
+        assert inits <= 6
+        assert lines <= 12
+
+
+def test_i10_a_gpu_that_refuses_the_set_as_lost_is_no_storm() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A, 0)
+        node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", error=GPU_IS_LOST)
+        node.snapshot({A: 300})
+        inits, lines = in_three_seconds(node)  # searches after 1 and 2 s
+        assert inits <= 6
+        assert lines <= 16
+
+
+def test_a_power_reading_that_fails_is_no_failed_release() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus[0].fault("nvmlDeviceGetPowerUsage", error=UNKNOWN)
+        node.end(pid)
+        node.run_host(0)
+        node.snapshot({})
+        node.wait_limit(700)
+        node.looks()
+        node.gpus[0].limit_mw = 500_000  # by its new owner
+        node.lives_for(2)  # a write that failed would be tried again after one second
+        assert node.limit() == 500, "written again after it was given back"
+        assert node.owned() == {}
+        assert node.gpu().state == "free"
+
+
+def test_a_power_reading_that_fails_is_no_failed_limit() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.gpus[0].fault("nvmlDeviceGetPowerUsage", error=UNKNOWN)
+        report = node.snapshot({A: 300})
+        assert node.limit() == 300
+        assert report.pods[0].state == "enforced", report.pods[0].reason
+        assert report.counters.limit_write_failures == 0
+
+
+def test_i12_an_owned_limit_that_cannot_be_read_is_said() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus[0].fault("nvmlDeviceGetPowerManagementLimit", error=UNKNOWN)
+        wait_until(lambda: node.gpu().limit_mw is None, "the reading fails")
+        gpu, pod = node.gpu(), node.pod(A)
+        assert gpu.state in ("held", "failed"), (gpu.state, gpu.reason)
+        assert "about to be written" not in pod.reason, (pod.state, pod.reason)
+
+
+def test_a_board_without_power_limits_is_said_and_not_looked_for_again() -> None:
+    with EnforcerNode() as node:
+        node.gpus[1].fault("nvmlDeviceGetPowerManagementLimitConstraints", error=NOT_SUPPORTED)
+        node.start()
+        node.run_pod(A, 1)
+        node.snapshot({A: 300})
+        pod = node.pod(A)
+        assert pod.state == "failed"
+        assert "takes no power limit" in pod.reason
+        assert node.status().enforcer.nvml == "ok"
+        inits, _ = in_three_seconds(node)
+        assert inits == 0
+        assert node.gpus.sets() == []
+
+
+def test_i2_an_odd_original_does_not_cost_the_ledger() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A, 0)
+        node.snapshot({A: 300})
+        node.gpus[1].limit_mw = 0  # what a broken board answers
+        node.run_pod(B, 1)
+        node.snapshot({A: 300, B: 300})
+        node.snapshot({A: 310, B: 310})
+        node.looks()
+        node.kill()
+        node.start()
+        assert node.stop() == 0
+        assert node.limit(0) == 700
+
+
+def test_i11_a_waiting_pod_does_not_cost_another_its_gpu() -> None:
+    """The search for the GPU of B opens NVML anew, and forgets a GPU that it had well in hand."""
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A, 0)
+        node.snapshot({A: 300})
+        node.gpus[0].fault("nvmlDeviceGetPowerManagementDefaultLimit", error=UNKNOWN)
+        node.lives_for(1.5)
+        assert node.snapshot({A: 310}).pods[0].state == "enforced"  # all is well without B
+        node.snapshot({A: 310, B: 400})  # B has no process yet
+        node.lives_for(2.5)
+        node.snapshot({A: 250, B: 400})
+        node.looks()
+        gpu = node.gpu()
+        assert node.limit() == 250, (gpu.state, gpu.reason)
