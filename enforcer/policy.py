@@ -234,10 +234,10 @@ class _Case:
     def _give_back(self, why: str) -> Decision:
         if self.owned is None:
             return Decision("free", why)
-        original = self.rules.release_to == "original"
+        original = self.rules.release_to == "original" or not self.gpu.default_mw
         found_mw = self.owned.original_mw if original else self.gpu.default_mw
         # As found, even outside the administrator's bounds: those bind what is asked for.
-        target = max(self.gpu.min_mw, min(self.gpu.max_mw, found_mw))
+        target = max(self.gpu.min_mw, min(self.gpu.max_mw or found_mw, found_mw))
         return Decision("free", f"given back at {w(target)} W: {why}", target, action="release")
 
     def _gives_power(self, decision: Decision) -> bool:

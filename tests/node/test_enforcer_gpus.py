@@ -130,6 +130,25 @@ def test_a_board_without_power_limits_is_said_and_not_looked_for_again() -> None
         assert node.gpus.sets() == []
 
 
+@pytest.mark.parametrize("release_to", ["original", "default"])
+def test_a_board_that_no_longer_tells_its_limits_is_given_back_as_found(release_to: str) -> None:
+    with EnforcerNode(release_to=release_to) as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        for what in ("LimitConstraints", "DefaultLimit"):
+            node.gpus[0].fault(f"nvmlDeviceGetPowerManagement{what}", error=UNKNOWN)
+        node.start()
+        node.looks()
+        assert node.limit() == 300
+        node.end(pid)
+        node.snapshot({})
+        node.wait_limit(650)
+        assert node.owned() == {}
+
+
 def test_i2_an_odd_original_does_not_cost_the_ledger() -> None:
     with EnforcerNode() as node:
         node.start()
