@@ -10,7 +10,7 @@ from enforcer.desk import Desk
 from enforcer.gpus import WRITE_GAP_S, Card, Gpus, Retry
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.nvml import NvmlError
-from enforcer.policy import Desired, Owned, Rules, plan
+from enforcer.policy import Desired, Owned, bounds, plan
 from enforcer.procfs import ProcessReader
 from shared import __version__, standing
 from shared import messages as m
@@ -32,7 +32,6 @@ class Agent:
         self, c: EnforcerSettings, log: Log, server: Server, reader: ProcessReader, ledger: Ledger
     ) -> None:
         self._config, self._log, self._server = c, log, server
-        self._rules = Rules(c.min_mw, c.max_mw, c.safe_default, c.conflict, c.release_to)
         self._ledger = ledger
         self._counts = m.Counters()
         self._desk = Desk(server, c, log, self._counts)
@@ -107,14 +106,14 @@ class Agent:
     def _touched(self, desired: Desired) -> set[str]:
         """Return the GPUs that a new snapshot bears on: only they are looked at again for it."""
         seen = self._gpus.observe(desired, ())
-        decisions = plan(desired, seen, self._ledger.entries, self._rules)
+        decisions = plan(desired, seen, self._ledger.entries, self._config)
         return {uuid for uuid, decision in decisions.items() if decision.action}
 
     def _decide_and_act(self, desired: Desired, among: Container[str] | None) -> None:
         """Decide on every GPU; write the ledger, then the limits that may be written now."""
         entries, ready = dict(self._ledger.entries), []
         seen = self._gpus.observe(desired, among)
-        for uuid, decision in plan(desired, seen, entries, self._rules).items():
+        for uuid, decision in plan(desired, seen, entries, self._config).items():
             card, action, why = self._cards[uuid], decision.action, decision.reason
             if decision.state != card.logged:
                 card.logged = decision.state
@@ -243,7 +242,7 @@ class Agent:
             self._server.reply(incoming, reply)
 
     def _clamp(self, limit_mw: int, gpu: m.Gpu) -> int:
-        low, high = self._rules.bounds(gpu.min_mw or 0, gpu.max_mw or limit_mw)
+        low, high = bounds(self._config, gpu.min_mw or 0, gpu.max_mw or limit_mw)
         return max(low, min(high, limit_mw))
 
     def stop(self) -> None:

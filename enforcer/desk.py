@@ -3,6 +3,7 @@
 import os
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 from enforcer.policy import Desired
@@ -95,12 +96,12 @@ class Desk:
 
     def desired(self) -> Desired:
         """Return the last complete snapshot, with whether its watcher is still heard."""
-        d, silent_s = self._desired, time.monotonic() - self._heard_s
+        silent_s = time.monotonic() - self._heard_s
         if self._lease_s is not None and silent_s > self._lease_s:
-            return Desired("expired", d.pods, d.ids, d.others)
-        if silent_s <= _LIVING_S or d.link == "unheard":
-            return d
-        return Desired("silent", d.pods, d.ids, d.others)
+            return replace(self._desired, link="expired")
+        if silent_s > _LIVING_S and self._desired.link == "living":
+            return replace(self._desired, link="silent")
+        return self._desired
 
     def watcher(self) -> m.WatcherStatus:
         """Return the watcher as it looks from here."""

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Literal
 
 from shared.messages import GpuState, LimitMw
-from shared.settings import SafeDefault
+from shared.settings import EnforcerSettings
 from shared.units import format_watts as w
 from shared.units import same_limit
 
@@ -78,19 +78,9 @@ class Owned:
     aliases: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The administrator's settings that bear on decisions."""
-
-    min_mw: int | None = None
-    max_mw: int | None = None
-    safe_default: SafeDefault | None = None
-    conflict: Literal["lowest", "safe-default"] = "lowest"
-    release_to: Literal["original", "default"] = "original"
-
-    def bounds(self, min_mw: int, max_mw: int) -> tuple[int, int]:
-        """Return the least and the most that may be asked of a GPU with these limits (I3)."""
-        return max(min_mw, self.min_mw or 0), min(max_mw, self.max_mw or max_mw)
+def bounds(rules: EnforcerSettings, min_mw: int, max_mw: int) -> tuple[int, int]:
+    """Return the least and the most that may be asked of a GPU with these limits (I3)."""
+    return max(min_mw, rules.min_mw or 0), min(max_mw, rules.max_mw or max_mw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,10 @@ class Decision:
 
 
 def plan(
-    desired: Desired, seen: Iterable[SeenGpu], owned: Mapping[str, Owned], rules: Rules
+    desired: Desired,
+    seen: Iterable[SeenGpu],
+    owned: Mapping[str, Owned],
+    rules: EnforcerSettings,
 ) -> dict[str, Decision]:
     """Return the decision for every GPU that is seen or owned, by UUID."""
     decisions = {g.uuid: _Case(g, desired, owned.get(g.uuid), rules).decide() for g in seen}
@@ -123,7 +116,7 @@ class _Case:
     gpu: SeenGpu
     desired: Desired
     owned: Owned | None
-    rules: Rules
+    rules: EnforcerSettings
 
     def decide(self) -> Decision:
         if end := _END.get(self.desired.link):
@@ -161,7 +154,7 @@ class _Case:
 
     def _grant(self, asking: frozenset[str], ghosts: frozenset[str]) -> Decision:
         """Decide on the limit for the annotated pods `asking`; `ghosts` hold what they had."""
-        low, high = self.rules.bounds(self.gpu.min_mw, self.gpu.max_mw)
+        low, high = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
         if low > high:
             why = f"the bounds leave nothing: at least {w(low)} W, at most {w(high)} W"
             return replace(self._hold(why), state="failed")
@@ -219,7 +212,7 @@ class _Case:
         if self.owned is None:
             return Decision("held", f"left alone: {why}")
         kept = replace(self._keep(self.owned.set_mw, self.owned.pods, why), state="held")
-        low, high = self.rules.bounds(self.gpu.min_mw, self.gpu.max_mw)
+        low, high = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
         # Without pods it was being given back when the enforcer was killed: it may be a stranger's.
         may = self.owned.pods and low <= self.owned.set_mw <= high and not self._taken()
         return kept if may else replace(kept, action=None)

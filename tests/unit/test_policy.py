@@ -11,18 +11,17 @@ from enforcer.policy import (
     Decision,
     Desired,
     Owned,
-    Rules,
     SeenGpu,
     Stranger,
     plan,
 )
-from shared.settings import SafeDefault
+from shared.settings import EnforcerSettings, SafeDefault, parse_settings
 
 A, B, C = "pod-a", "pod-b", "pod-c"
 GPU = "GPU-1"
 OTHER, UNKNOWN = Stranger.OTHER, Stranger.UNKNOWN
 FACTORY_MW, MIN_MW, MAX_MW = 700_000, 200_000, 700_000
-PLAIN = Rules()
+PLAIN = parse_settings(EnforcerSettings, {})
 
 
 def seen(
@@ -58,7 +57,7 @@ def owned(set_mw: int, *pods: str, original_mw: int = FACTORY_MW) -> Owned:
 
 
 def decide(
-    desired: Desired, gpu: SeenGpu, entry: Owned | None = None, rules: Rules = PLAIN
+    desired: Desired, gpu: SeenGpu, entry: Owned | None = None, rules: EnforcerSettings = PLAIN
 ) -> Decision:
     decisions = plan(desired, [gpu], {} if entry is None else {gpu.uuid: entry}, rules)
     assert set(decisions) == {gpu.uuid}
@@ -98,15 +97,21 @@ def test_row_one_annotated_pod_that_has_its_value_is_left_in_peace() -> None:
     [
         pytest.param(100_000, PLAIN, MIN_MW, id="below-hardware"),
         pytest.param(900_000, PLAIN, MAX_MW, id="above-hardware"),
-        pytest.param(250_000, Rules(min_mw=350_000), 350_000, id="below-administrator"),
-        pytest.param(650_000, Rules(max_mw=500_000), 500_000, id="above-administrator"),
-        pytest.param(100_000, Rules(min_mw=50_000), MIN_MW, id="administrator-below-hardware"),
-        pytest.param(900_000, Rules(max_mw=950_000), MAX_MW, id="administrator-above-hardware"),
-        pytest.param(400_000, Rules(min_mw=350_000, max_mw=500_000), 400_000, id="inside"),
+        pytest.param(250_000, replace(PLAIN, min_mw=350_000), 350_000, id="below-administrator"),
+        pytest.param(650_000, replace(PLAIN, max_mw=500_000), 500_000, id="above-administrator"),
+        pytest.param(
+            100_000, replace(PLAIN, min_mw=50_000), MIN_MW, id="administrator-below-hardware"
+        ),
+        pytest.param(
+            900_000, replace(PLAIN, max_mw=950_000), MAX_MW, id="administrator-above-hardware"
+        ),
+        pytest.param(400_000, replace(PLAIN, min_mw=350_000, max_mw=500_000), 400_000, id="inside"),
         pytest.param(1, PLAIN, MIN_MW, id="one-milliwatt"),
     ],
 )
-def test_row_one_annotated_pod_is_clamped(asked_mw: int, rules: Rules, given_mw: int) -> None:
+def test_row_one_annotated_pod_is_clamped(
+    asked_mw: int, rules: EnforcerSettings, given_mw: int
+) -> None:
     decision = decide(living({A: asked_mw}), seen(A), rules=rules)
     assert outcome(decision) == ("managed", given_mw, "acquire")
     assert ("clamped" in decision.reason) == (asked_mw != given_mw)
@@ -133,13 +138,13 @@ def test_row_several_annotated_pods_only_those_on_the_gpu_count() -> None:
 
 
 def test_row_several_annotated_pods_safe_default_where_so_configured() -> None:
-    rules = Rules(conflict="safe-default", safe_default=SafeDefault(limit_mw=250_000))
+    rules = replace(PLAIN, conflict="safe-default", safe_default=SafeDefault(limit_mw=250_000))
     decision = decide(living({A: 400_000, B: 300_000}), seen(A, B), rules=rules)
     assert outcome(decision) == ("managed", 250_000, "acquire")
 
 
 def test_row_several_annotated_pods_that_agree_are_no_conflict() -> None:
-    rules = Rules(conflict="safe-default", safe_default=SafeDefault(limit_mw=250_000))
+    rules = replace(PLAIN, conflict="safe-default", safe_default=SafeDefault(limit_mw=250_000))
     gpu = seen(A, B)
     assert decide(living({A: 400_000, B: 400_000}), gpu, rules=rules).target_mw == 400_000
     # Both are clamped to the same limit, so the GPU can honour both.
@@ -147,7 +152,7 @@ def test_row_several_annotated_pods_that_agree_are_no_conflict() -> None:
 
 
 def test_safe_default_as_a_share_is_of_the_gpus_own_factory_default() -> None:
-    rules = Rules(safe_default=SafeDefault(percent=70))
+    rules = replace(PLAIN, safe_default=SafeDefault(percent=70))
     desired = living({A: None})
     assert decide(desired, seen(A), rules=rules).target_mw == 490_000
     pcie = seen(A, limit_mw=310_000, default_mw=310_000, max_mw=350_000)
@@ -155,7 +160,7 @@ def test_safe_default_as_a_share_is_of_the_gpus_own_factory_default() -> None:
 
 
 def test_safe_default_is_clamped_too() -> None:
-    rules = Rules(safe_default=SafeDefault(percent=10))
+    rules = replace(PLAIN, safe_default=SafeDefault(percent=10))
     assert decide(living({A: None}), seen(A), rules=rules).target_mw == MIN_MW
 
 
@@ -170,14 +175,14 @@ def test_row_annotated_and_others_together_get_the_annotated_pods_value(
 
 
 def test_row_none_usable_keeps_the_limit_owned_for_that_pod() -> None:
-    rules = Rules(safe_default=SafeDefault(limit_mw=500_000))
+    rules = replace(PLAIN, safe_default=SafeDefault(limit_mw=500_000))
     gpu = seen(A, limit_mw=300_000)
     decision = decide(living({A: None}), gpu, owned(300_000, A), rules)
     assert outcome(decision) == ("managed", 300_000, None)
 
 
 def test_row_none_usable_takes_the_safe_default_else() -> None:
-    rules = Rules(safe_default=SafeDefault(limit_mw=500_000))
+    rules = replace(PLAIN, safe_default=SafeDefault(limit_mw=500_000))
     assert outcome(decide(living({A: None}), seen(A), rules=rules)) == (
         "managed",
         500_000,
@@ -367,7 +372,9 @@ def test_row_watcher_silent_beyond_the_lease_takes_nothing_new() -> None:
 def test_i1_a_gpu_without_an_annotated_pods_process_is_never_written(
     owners: tuple[str | Stranger, ...],
 ) -> None:
-    rules = Rules(min_mw=300_000, max_mw=400_000, safe_default=SafeDefault(limit_mw=350_000))
+    rules = replace(
+        PLAIN, min_mw=300_000, max_mw=400_000, safe_default=SafeDefault(limit_mw=350_000)
+    )
     assert decide(living({A: 300_000}, others=(B,)), seen(*owners), rules=rules).action is None
 
 
@@ -380,36 +387,41 @@ def test_i1_each_gpu_is_decided_for_itself() -> None:
 def test_i3_held_limit_outside_narrowed_bounds_is_not_written_again() -> None:
     """The administrator narrowed the bounds and restarted; the ledger still has the old limit."""
     gpu = unreadable(limit_mw=650_000)
-    decision = decide(living(), gpu, owned(600_000, A), Rules(max_mw=500_000))
+    decision = decide(living(), gpu, owned(600_000, A), replace(PLAIN, max_mw=500_000))
     assert decision.action is None or decision.target_mw == 500_000
 
 
 def test_i3_a_gone_pods_limit_below_narrowed_bounds_is_not_written_again() -> None:
     gpu = seen(A, B, limit_mw=600_000)
-    decision = decide(living({B: 600_000}), gpu, owned(250_000, A), Rules(min_mw=300_000))
+    decision = decide(living({B: 600_000}), gpu, owned(250_000, A), replace(PLAIN, min_mw=300_000))
     assert decision.action is None or decision.target_mw == 300_000
 
 
 def test_i3_bounds_that_cross_for_one_gpu_write_nothing_and_say_so() -> None:
     board = seen(A, limit_mw=310_000, max_mw=350_000)
-    decision = decide(living({A: 400_000}), board, rules=Rules(min_mw=400_000))
+    decision = decide(living({A: 400_000}), board, rules=replace(PLAIN, min_mw=400_000))
     assert outcome(decision) == ("failed", None, None)
     assert "400" in decision.reason
     assert "350" in decision.reason
     held = decide(
-        living({A: 400_000}), board, owned(310_000, A, original_mw=350_000), Rules(min_mw=400_000)
+        living({A: 400_000}),
+        board,
+        owned(310_000, A, original_mw=350_000),
+        replace(PLAIN, min_mw=400_000),
     )
     assert outcome(held) == ("failed", 310_000, None)
 
 
 def test_i3_bounds_that_cross_for_one_gpu_leave_the_others_alone() -> None:
     small = replace(seen(A, uuid="small"), max_mw=350_000)
-    decisions = plan(living({A: 400_000}), [small, seen(A)], {}, Rules(min_mw=400_000))
+    decisions = plan(living({A: 400_000}), [small, seen(A)], {}, replace(PLAIN, min_mw=400_000))
     assert decisions[GPU].action == "acquire"
 
 
 def test_i3_what_was_found_is_given_back_whatever_the_administrators_bounds() -> None:
-    decision = decide(living(), seen(limit_mw=300_000), owned(300_000, A), Rules(max_mw=400_000))
+    decision = decide(
+        living(), seen(limit_mw=300_000), owned(300_000, A), replace(PLAIN, max_mw=400_000)
+    )
     assert outcome(decision) == ("free", FACTORY_MW, "release")
 
 
@@ -458,7 +470,7 @@ def test_given_back_is_the_limit_found_at_first_touch() -> None:
 def test_given_back_is_the_factory_default_where_so_configured() -> None:
     entry = owned(300_000, A, original_mw=450_000)
     board = seen(limit_mw=300_000, default_mw=310_000, max_mw=350_000)
-    rules = Rules(release_to="default")
+    rules = replace(PLAIN, release_to="default")
     assert decide(living(), board, entry, rules).target_mw == 310_000
 
 

@@ -20,12 +20,11 @@ from enforcer.policy import (
     Desired,
     Link,
     Owned,
-    Rules,
     SeenGpu,
     Stranger,
     plan,
 )
-from shared.settings import SafeDefault
+from shared.settings import EnforcerSettings, SafeDefault, parse_settings
 
 # Few values, so that pods meet, limits coincide and bounds cut.
 PODS = ("a", "b", "c")
@@ -43,6 +42,7 @@ OWNERS: tuple[str | Stranger, ...] = (
 )
 BOARDS = ((700_000, 200_000, 700_000), (310_000, 200_000, 350_000), (62_500, 48_750, 62_500))
 SWEPT = 30_000
+PLAIN = parse_settings(EnforcerSettings, {})
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Case:
     desired: Desired
     gpu: SeenGpu
     owned: Owned | None
-    rules: Rules
+    rules: EnforcerSettings
 
     def decision(self) -> Decision:
         known = {} if self.owned is None else {self.gpu.uuid: self.owned}
@@ -114,7 +114,7 @@ class Maker:
         limits = self.limit(gpu.min_mw, gpu.max_mw), self.limit(gpu.min_mw, gpu.max_mw)
         return Owned(*limits, frozenset([self.one(*PODS), *self.some(PODS, 2)]))
 
-    def rules(self) -> Rules:
+    def rules(self) -> EnforcerSettings:
         low, high = self.one(None, *MW[1:7]), self.one(None, *MW[1:])
         if low is not None and high is not None and low > high:  # an error at start
             low, high = high, low
@@ -124,7 +124,14 @@ class Maker:
         conflict: Literal["lowest", "safe-default"] = "lowest"
         if default and self._choose(2):
             conflict = "safe-default"
-        return Rules(low, high, default, conflict, self.one("original", "default"))
+        return replace(
+            PLAIN,
+            min_mw=low,
+            max_mw=high,
+            safe_default=default,
+            conflict=conflict,
+            release_to=self.one("original", "default"),
+        )
 
     def case(self) -> Case:
         gpu = self.gpu()
