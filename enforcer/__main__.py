@@ -36,7 +36,7 @@ def main() -> int:
         privileges.drop()  # before libzmq starts threads: each has its own capabilities
         procfs.check_sight(config.proc_root)
         server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
-    except (LedgerError, TransportError, procfs.BlindError, privileges.TooMuchError) as error:
+    except (LedgerError, TransportError, procfs.BlindError) as error:
         settings.exit_usage(_NAME, str(error))
     server.watch(stop.fileno())
     agent = Agent(config, log, server, procfs.ProcessReader(config.proc_root, roots), ledger)
@@ -55,9 +55,10 @@ def _refuse_token(config: settings.EnforcerSettings, log: Log) -> None:
     if not config.in_kubernetes or not _TOKEN.exists():
         return
     if not config.supervised:
-        raise privileges.TooMuchError(
+        settings.exit_usage(
+            _NAME,
             f"{_TOKEN} is mounted, and this process must hold no token: "
-            "set automountServiceAccountToken: false and mount it into the watcher alone"
+            "set automountServiceAccountToken: false and mount it into the watcher alone",
         )
     log.warning("token_readable", why="one container for both; two keep the token from root")
 

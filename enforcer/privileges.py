@@ -21,10 +21,6 @@ KEPT = frozenset({_CAP_SYS_ADMIN})
 _DATA_BYTES = 512 << 20
 
 
-class TooMuchError(Exception):
-    """The process holds what it must not; the text names the remedy."""
-
-
 def drop() -> None:
     """Set no-new-privs, keep only `KEPT` of the capabilities, bound memory; raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
