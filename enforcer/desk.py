@@ -81,10 +81,8 @@ class Desk:
         self.changed |= self.desired().link != "living"  # what a silence had put off is due
         self._heard_s = time.monotonic()
         self.snapshot = new
-        if last is None or (last.pods, last.others) != (new.pods, new.others):
-            self._accept(new)
-
-    def _accept(self, new: m.Snapshot) -> None:
+        if last and (last.pods, last.others) == (new.pods, new.others):
+            return  # a heartbeat
         self.changed = True
         pods = {pod.uid: pod.limit_mw for pod in new.pods}
         ids = {alias: pod.uid for pod in new.pods for alias in pod.aliases}
