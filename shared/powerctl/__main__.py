@@ -146,7 +146,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         _print_json(explanation)
     else:
         _print(explanation.text)
-    return GOOD
+    return NOT_WELL if tables.faults(explanation.gpus, explanation.pods) else GOOD
 
 
 def _top(arguments: argparse.Namespace) -> int:
@@ -199,7 +199,7 @@ def _schema(_arguments: argparse.Namespace) -> int:
 _COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], int], str], ...] = (
     ("status", _status, "show GPUs and pods; 1 if something is not as it should be"),
     ("top", _top, "the same, refreshed each second, until Ctrl-C"),
-    ("explain", _explain, "show the whole chain from annotation to hardware for one pod or GPU"),
+    ("explain", _explain, "show all from annotation to hardware for a pod or GPU; 1 as in status"),
     ("events", _events, "follow decisions as they happen, until Ctrl-C"),
     ("ping", _ping, "ask whether the enforcer answers"),
     ("doctor", _doctor, "check what this node needs and name the remedies"),

@@ -206,4 +206,4 @@ def _source(reply: messages.StatusReply) -> list[str]:
         return ["the watcher has never been heard: no annotation is known"]
     link = "connected" if watcher.connected else "NOT connected"
     age = f"{duration(watcher.age_s)} ago"
-    return [f"annotations as of {age} (watcher {link}, revision {watcher.revision})"]
+    return [f"watcher heard {age} ({link}, revision {watcher.revision})"]

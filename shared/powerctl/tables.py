@@ -100,18 +100,23 @@ def problems(reply: messages.StatusReply) -> list[str]:
         found.append(f"NVML is {reply.enforcer.nvml}: {reply.enforcer.nvml_message}")
     if not reply.watcher.connected:
         found.append(f"watcher is not connected, last heard: {_heard(reply.watcher)}")
-    found += [
+    names = pod_names(reply)
+    return [named(line, names) for line in found + faults(reply.gpus, reply.pods)]
+
+
+def faults(gpus: Iterable[messages.Gpu], pods: Iterable[messages.Pod]) -> list[str]:
+    """Return which of these is not as it should be, one line each, as the enforcer words it."""
+    found = [
         f"GPU {gpu_label(gpu)} is {gpu.state}: {gpu.reason}"
-        for gpu in sorted(reply.gpus, key=_gpu_order)
+        for gpu in sorted(gpus, key=_gpu_order)
         if gpu.state in _BAD_GPU
     ]
     found += [
         f"pod {pod.namespace}/{pod.name} is failed: {pod.reason}"
-        for pod in sorted(reply.pods, key=_pod_order)
+        for pod in sorted(pods, key=_pod_order)
         if pod.state == "failed"
     ]
-    names = pod_names(reply)
-    return [named(line, names) for line in found]
+    return found
 
 
 def status(reply: messages.StatusReply, paint: Paint = plain) -> list[str]:

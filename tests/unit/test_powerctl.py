@@ -566,7 +566,7 @@ GPU 1, GPU-1, NVIDIA H100 80GB HBM3
               stronger
   found       700 W at first touch; factory default 700 W
 
-annotations as of 1.2 s ago (watcher connected, revision 17)
+watcher heard 1.2 s ago (connected, revision 17)
 """
 
 
@@ -576,6 +576,32 @@ def test_explain_a_pod_shows_the_whole_chain(run_dir: Path, subject: str) -> Non
         done = powerctl("explain", subject, "--socket", run_dir)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == EXPLAIN_TRAIN
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "status"),
+    [
+        ({"gpus": [managed_gpu(0, 1, [UID_A], state="held")]}, "team-a/llm-0", 1),
+        ({"gpus": [managed_gpu(0, 1, [UID_A], state="failed")]}, "0", 1),
+        ({"gpus": [gpu(0), gpu(3, state="lost")]}, "GPU-3", 1),
+        ({"pods": [pod(UID_A, "llm-0", state="failed")]}, "team-a/llm-0", 1),
+        ({"pods": [pod(UID_A, "llm-0", state="failed")]}, "0", 1),
+        # Others' faults are not the subject's, nor are the node's.
+        ({"gpus": [managed_gpu(0, 1, [UID_A]), gpu(3, state="lost")]}, "team-a/llm-0", 0),
+        ({"pods": [pod(UID_A, "llm-0", state="failed")]}, "2", 0),
+        ({"enforcer": enforcer(nvml="failing")}, "team-a/llm-0", 0),
+        ({"pods": [pod(UID_A, "llm-0", state="waiting", gpus=[])]}, "team-a/llm-0", 0),
+    ],
+)
+def test_explain_exits_1_where_what_it_shows_is_not_as_it_should_be(
+    run_dir: Path, changes: dict[str, object], subject: str, status: int
+) -> None:
+    with responding(run_dir, answering(reply(**changes))):
+        done = powerctl("explain", subject, "--socket", run_dir)
+        as_json = powerctl("explain", "--json", subject, "--socket", run_dir)
+    assert (done.returncode, as_json.returncode) == (status, status)
+    assert subject in done.stdout
+    assert json.loads(as_json.stdout)["subject"] == subject
 
 
 @pytest.mark.parametrize("subject", ["0", "GPU-0"])
@@ -642,6 +668,10 @@ def test_explain_an_unknown_subject_exits_1_with_near_matches(run_dir: Path) -> 
         (
             {"watcher": WatcherStatus(connected=False, session=None, revision=None, age_s=None)},
             ["the watcher has never been heard"],
+        ),
+        (
+            {"watcher": WatcherStatus(connected=False, session="s", revision=3, age_s=75.0)},
+            ["watcher heard 1 min 15 s ago (NOT connected, revision 3)"],
         ),
         (
             {"enforcer": enforcer(min_mw=250_000, max_mw=None)},
