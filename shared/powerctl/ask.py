@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from shared import messages
+from shared.powerctl.check import WAITS
 from shared.transport import Client, TransportError, control_path
 
 R = TypeVar("R", bound=messages.Reply)
@@ -94,10 +95,13 @@ def _no_connection(path: Path, error: OSError) -> UnreachableError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return UnreachableError(
             f"no socket at {path}",
-            "start the enforcer, or name its directory with --socket or POWER_AGENT_RUN_DIR",
+            "start the enforcer, or name its directory with --socket or POWER_AGENT_RUN_DIR; "
+            + WAITS,
         )
     if error.errno == errno.ECONNREFUSED:
-        return UnreachableError(f"nobody listens at {path}", "the enforcer has ended: start it")
+        return UnreachableError(
+            f"nobody listens at {path}", "the enforcer has ended: start it; " + WAITS
+        )
     if error.errno in (errno.EACCES, errno.EPERM):
         return UnreachableError(
             f"uid {os.geteuid()} may not open {path}",

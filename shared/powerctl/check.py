@@ -5,6 +5,8 @@ from typing import Literal
 import msgspec
 
 LOG = "look at the enforcer's log"
+# One waits for the ledger's lock before it makes its sockets.
+WAITS = "or it waits for another agent on this node, see its log"
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ def examine(run_dir: Path, timeout_s: float, proc: Path) -> tuple[list[Check], b
         node_checks.host_pids(proc, listener, reply.enforcer.pid),
         node_checks.cgroup_version(proc),
         node_checks.ledger(reply, proc, listener, as_root=os.geteuid() == 0),
-        *reply_checks.from_reply(reply),
+        *reply_checks.from_reply(reply, node_checks.sys_admin(proc, listener)),
     ]
     return checks, True
 

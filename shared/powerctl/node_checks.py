@@ -1,16 +1,18 @@
 """The doctor's checks of what can be seen from here: directory, sockets, pids, cgroups, ledger."""
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from shared import messages
-from shared.powerctl.check import LOG, Check, fail, warn
+from shared.powerctl.check import LOG, WAITS, Check, fail, warn
 from shared.transport import control_path, events_path
 
 # PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: the first pid namespace's inode.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
+_CAP_SYS_ADMIN = 21  # linux/capability.h
 
 
 def directory(run_dir: Path) -> Check:
@@ -22,7 +24,8 @@ def directory(run_dir: Path) -> Check:
         return fail(
             name,
             f"{run_dir}: {error.strerror}",
-            "start the enforcer, which makes it, or name it with --socket or POWER_AGENT_RUN_DIR",
+            "start the enforcer, which makes it, or name it with --socket or POWER_AGENT_RUN_DIR; "
+            + WAITS,
         )
     mode = stat.S_IMODE(found.st_mode)
     seen = f"{run_dir}, owner uid {found.st_uid}, mode {mode:o}"
@@ -42,7 +45,7 @@ def sockets(run_dir: Path) -> Iterator[Check]:
         try:
             is_socket = stat.S_ISSOCK(path.stat().st_mode)
         except OSError as error:
-            yield fail(path.name, f"{path}: {error.strerror}", "start the enforcer, or " + LOG)
+            yield fail(path.name, f"{path}: {error.strerror}", "start the enforcer; " + WAITS)
             continue
         if is_socket:
             yield Check(name=path.name, seen="there")
@@ -78,6 +81,12 @@ def host_pids(proc: Path, listener: int, enforcer: int) -> Check:
         f"the enforcer's pid namespace is not the machine's first; its pid 1 is in {first or '?'}",
         f"right for a node that is itself a container; otherwise {missing}",
     )
+
+
+def sys_admin(proc: Path, listener: int) -> bool | None:
+    """Tell whether the enforcer holds CAP_SYS_ADMIN; None where it cannot be seen from here."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", _read(proc / str(listener) / "status"), re.M)
+    return bool(int(found[1], 16) >> _CAP_SYS_ADMIN & 1) if listener and found else None
 
 
 def _first_process(proc: Path) -> tuple[str, str]:

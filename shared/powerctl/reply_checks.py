@@ -10,11 +10,11 @@ from shared.powerctl.tables import cgroup_lines, duration, gpu_label, watts
 _SAMPLES = 5
 
 
-def from_reply(reply: messages.StatusReply) -> list[Check]:
-    """Return the checks that need nothing but the enforcer's answer."""
+def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> list[Check]:
+    """Return the checks of the enforcer's answer; `sys_admin`: it was seen to hold that, or not."""
     return [
         nvml(reply.enforcer),
-        permission(reply),
+        permission(reply, sys_admin),
         watcher_link(reply.watcher),
         cgroup_driver(reply),
         *owners(reply),
@@ -25,21 +25,35 @@ def from_reply(reply: messages.StatusReply) -> list[Check]:
 
 
 def nvml(enforcer: messages.EnforcerStatus) -> Check:
-    """Check that the GPUs can be reached at all."""
-    seen = f"{enforcer.nvml}, driver {enforcer.driver_version or 'unknown'}"
-    if enforcer.nvml != "ok":
-        seen += f": {enforcer.nvml_message}"
-    if enforcer.nvml == "ok":
-        return Check(name="NVML", seen=seen)
+    """Check that the GPUs can be reached, every one of them."""
+    name, seen = "NVML", f"{enforcer.nvml}, driver {enforcer.driver_version or 'unknown'}"
+    if (enforcer.nvml, enforcer.nvml_message) == ("ok", "ok"):
+        return Check(name=name, seen=seen)
+    seen += f": {enforcer.nvml_message}"
     if enforcer.nvml == "absent":
         remedy = "install the driver and give the enforcer libnvidia-ml.so.1 and /dev/nvidiactl"
-        return fail("NVML", seen, remedy + " (runtimeClassName: nvidia, or a driver mount)")
-    remedy = "run nvidia-smi on the node; after a driver upgrade restart the enforcer's container"
-    return fail("NVML", seen, remedy)
+        return fail(name, seen, remedy + " (runtimeClassName: nvidia, or a driver mount)")
+    # One fault for each GPU that cannot be used, or one for all.
+    faults = re.split(r"; (?=GPU )", enforcer.nvml_message)
+    limitless = ["NOT_SUPPORTED" in fault for fault in faults]
+    remedies = []
+    if not all(limitless):
+        remedies.append("nvidia-smi and dmesg (Xid) on the node")
+    if any("VERSION_MISMATCH" in fault for fault in faults):
+        remedies = ["the driver was upgraded: restart the enforcer's container"]
+    if any(limitless):
+        why = "NOT_SUPPORTED: this board takes no power limit"
+        remedies.append(f"{why}, keep annotated pods off it")
+    return (warn if all(limitless) else fail)(name, seen, "; ".join(remedies))
 
 
-def permission(reply: messages.StatusReply) -> Check:
-    """Check that NVML lets the enforcer write limits."""
+def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:
+    """Check that NVML lets the enforcer write limits: the driver asks for CAP_SYS_ADMIN."""
+    name, written = "NVML permission", reply.counters.limit_writes
+    remedy = (
+        "CAP_SYS_ADMIN in the node's first user namespace: securityContext privileged: true "
+        "or capabilities add SYS_ADMIN, and no hostUsers: false"
+    )
     refused = sum(
         count
         for gpu in reply.gpus
@@ -47,14 +61,14 @@ def permission(reply: messages.StatusReply) -> Check:
         if "permission" in error.lower()
     )
     if refused:
-        return fail(
-            "NVML permission",
-            f"{refused} writes were refused for want of permission",
-            "CAP_SYS_ADMIN in the node's first user namespace: securityContext privileged: true "
-            "or capabilities add SYS_ADMIN, and no hostUsers: false",
-        )
-    written = reply.counters.limit_writes
-    return Check(name="NVML permission", seen=f"{written} limits written, none refused")
+        return fail(name, f"{refused} writes were refused for want of permission", remedy)
+    if sys_admin is False:
+        return fail(name, "the enforcer runs without CAP_SYS_ADMIN", remedy)
+    if sys_admin is None and not written:
+        seen = "no limit was written yet, and the enforcer's capabilities cannot be seen from here"
+        return warn(name, seen, "run powerctl doctor in the enforcer's container")
+    held = "CAP_SYS_ADMIN is there, " if sys_admin else ""
+    return Check(name=name, seen=f"{held}{written} limits written, none refused")
 
 
 def watcher_link(watcher: messages.WatcherStatus) -> Check:

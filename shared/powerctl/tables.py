@@ -96,7 +96,8 @@ def gpu_label(gpu: messages.Gpu) -> str:
 def problems(reply: messages.StatusReply) -> list[str]:
     """Return what is not as it should be, one line each."""
     found = []
-    if reply.enforcer.nvml != "ok":
+    # `ok` with another message: some GPUs can be used and others not.
+    if (reply.enforcer.nvml, reply.enforcer.nvml_message) != ("ok", "ok"):
         found.append(f"NVML is {reply.enforcer.nvml}: {reply.enforcer.nvml_message}")
     if not reply.watcher.connected:
         found.append(f"watcher is not connected, last heard: {_heard(reply.watcher)}")

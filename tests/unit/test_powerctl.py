@@ -114,7 +114,7 @@ def enforcer(**changes: object) -> EnforcerStatus:
         uptime_s=7_380.0,
         dry_run=False,
         nvml="ok",
-        nvml_message="",
+        nvml_message="ok",
         driver_version="550.54.15",
         node="node-a",
         min_mw=None,
@@ -285,7 +285,8 @@ def test_exit_3_where_no_socket_is(run_dir: Path, arguments: list[str]) -> None:
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == (
         f"powerctl: no socket at {run_dir}/control.sock; start the enforcer, "
-        "or name its directory with --socket or POWER_AGENT_RUN_DIR\n"
+        "or name its directory with --socket or POWER_AGENT_RUN_DIR; "
+        "or it waits for another agent on this node, see its log\n"
     )
 
 
@@ -441,6 +442,10 @@ def test_status_json_is_the_shape_of_the_contract(run_dir: Path) -> None:
         (
             {"enforcer": enforcer(nvml="absent", nvml_message="no library")},
             "NVML is absent: no library",
+        ),
+        (
+            {"enforcer": enforcer(nvml_message="GPU 3: nvmlDeviceGetName: UNKNOWN")},
+            "NVML is ok: GPU 3: nvmlDeviceGetName: UNKNOWN",
         ),
         (
             {"watcher": WatcherStatus(connected=False, session="s", revision=2, age_s=75.0)},
@@ -960,10 +965,13 @@ def test_doctor_on_a_good_node_finds_nothing_to_fail(run_dir: Path, tmp_path: Pa
         done = powerctl("doctor", "--json", "--socket", run_dir)
         text = powerctl("doctor", "--socket", run_dir)
     checks = json.loads(done.stdout)["checks"]
-    assert (done.returncode, text.returncode, text.stderr) == (0, 0, "")
+    assert text.stderr == ""
     assert all(check.keys() == {"name", "result", "seen", "remedy"} for check in checks)
     assert all(bool(check["remedy"]) == (check["result"] != "ok") for check in checks)
     found = results(checks)
+    holds = node_checks.sys_admin(Path("/proc"), os.getpid())  # not every test's root does
+    assert found.pop("NVML permission") == ("ok" if holds else "fail")
+    assert (done.returncode, text.returncode) == ((0, 0) if holds else (1, 1))
     assert "fail" not in found.values()
     for name in ("control.sock", "enforcer", "credentials", "NVML", "watcher", "ledger"):
         assert found[name] == "ok", name
@@ -978,6 +986,9 @@ def test_doctor_without_an_enforcer_exits_3_and_still_shows_the_rest(run_dir: Pa
     found = results(checks)
     assert found["socket directory"] == found["control.sock"] == found["enforcer"] == "fail"
     assert found["cgroup version"] == "ok"
+    for name in ("socket directory", "control.sock", "enforcer"):
+        [remedy] = [check["remedy"] for check in checks if check["name"] == name]
+        assert "waits for another agent on this node" in remedy
 
 
 def test_doctor_exits_1_on_a_failure(run_dir: Path) -> None:
@@ -1061,6 +1072,67 @@ def test_doctor_findings_name_a_remedy(
     [check] = [c for c in reply_checks.from_reply(reply(**changed)) if c.name == name]
     assert check.result == result
     assert remedy in check.remedy
+
+
+LIMITLESS = "GPU 1: nvmlDeviceGetPowerManagementLimitConstraints: NOT_SUPPORTED"
+MISMATCH = "nvmlInit_v2: LIB_RM_VERSION_MISMATCH; the driver was upgraded: restart this pod"
+XID, RESTART, KEEP_OFF = "dmesg (Xid)", "the enforcer's container", "keep annotated pods off it"
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "result", "said", "unsaid"),
+    [
+        ("ok", "ok", "ok", [], []),
+        ("ok", "GPU 3: nvmlDeviceGetName: UNKNOWN", "fail", [XID], [RESTART, KEEP_OFF]),
+        ("ok", LIMITLESS, "warn", [KEEP_OFF], [RESTART, XID]),
+        ("ok", f"{LIMITLESS}; GPU 3: x: GPU_IS_LOST", "fail", [KEEP_OFF, XID], [RESTART]),
+        ("ok", f"GPU 0: x: NO_PERMISSION; a remedy; {LIMITLESS}", "fail", [KEEP_OFF, XID], []),
+        ("failing", "nvmlInit_v2: UNKNOWN", "fail", [XID], [RESTART, KEEP_OFF]),
+        ("failing", MISMATCH, "fail", [RESTART], [KEEP_OFF, XID]),
+        ("absent", "nvmlInit_v2: DRIVER_NOT_LOADED", "fail", ["install the driver"], [RESTART]),
+    ],
+)
+def test_doctor_names_the_remedy_that_fits_what_nvml_says(
+    state: str, message: str, result: str, said: list[str], unsaid: list[str]
+) -> None:
+    check = reply_checks.nvml(enforcer(nvml=state, nvml_message=message))
+    assert (check.result, message in check.seen) == (result, True)
+    assert [words for words in said if words not in check.remedy] == []
+    assert [words for words in unsaid if words in check.remedy] == []
+
+
+def status_file(effective: str) -> str:
+    return f"Name:\tpython\nCapPrm:\t000001ffffffffff\nCapEff:\t{effective}\n"
+
+
+@pytest.mark.parametrize(
+    ("effective", "writes", "failures", "result"),
+    [
+        ("0000000000200000", 0, {}, "ok"),  # what an enforcer keeps
+        ("000001ffffffffff", 4, {}, "ok"),
+        ("000001ffffdfffff", 0, {}, "fail"),
+        ("0000000000000000", 4, {}, "fail"),
+        ("0000000000200000", 4, {"NO_PERMISSION": 1}, "fail"),  # of another user namespace
+        (None, 0, {}, "warn"),
+        (None, 4, {}, "ok"),
+    ],
+)
+def test_doctor_looks_at_the_enforcers_capability(
+    tmp_path: Path, effective: str | None, writes: int, failures: dict[str, int], result: str
+) -> None:
+    if effective is not None:
+        (tmp_path / "50").mkdir()
+        (tmp_path / "50/status").write_text(status_file(effective))
+    status = reply(counters=Counters(limit_writes=writes), gpus=[gpu(0, write_failures=failures)])
+    check = reply_checks.permission(status, node_checks.sys_admin(tmp_path, 50))
+    assert check.result == result
+    assert result != "fail" or "SYS_ADMIN" in check.remedy
+
+
+def test_a_listener_that_has_no_pid_here_has_no_capabilities_to_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/status").write_text(status_file("0000000000000000"))
+    assert node_checks.sys_admin(tmp_path, 0) is None
 
 
 @pytest.mark.parametrize(
