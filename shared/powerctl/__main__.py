@@ -15,11 +15,19 @@ from shared import __version__, messages
 from shared.powerctl import doctor, live, tables
 from shared.powerctl.ask import UnreachableError, ask
 from shared.powerctl.explain import explain, near
-from shared.settings import colour_from_environment, run_dir_from_environment
+from shared.settings import DEFAULT_RUN_DIR, colour_from_environment, run_dir_from_environment
 
 GOOD, NOT_WELL, UNREACHABLE = 0, 1, 3  # 2, wrong use, is argparse's own
 _SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
 _LONGEST_S = 3600.0
+_EPILOG = f"""\
+exit status:
+  0 good, 1 not as it should be, 2 wrong use, 3 enforcer not reachable
+
+environment:
+  POWER_AGENT_RUN_DIR
+      directory of the enforcer's sockets (default: {DEFAULT_RUN_DIR})
+"""
 
 
 def main() -> None:
@@ -48,7 +56,8 @@ def _arguments() -> argparse.Namespace:
         "--socket",
         metavar="DIR",
         type=_directory,
-        help="directory of the enforcer's sockets (default: POWER_AGENT_RUN_DIR)",
+        help="directory of the enforcer's sockets (default: POWER_AGENT_RUN_DIR, that is "
+        f"{DEFAULT_RUN_DIR} where it is not set)",
     )
     common.add_argument(
         "--timeout",
@@ -60,7 +69,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="powerctl",
         description="Shows what the Power Agent of this node does, and why. Changes nothing.",
-        epilog="exit status: 0 good, 1 not as it should be, 2 wrong use, 3 enforcer not reachable",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"powerctl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")

@@ -381,6 +381,11 @@ def test_version_and_help() -> None:
     assert shown.returncode == 0
     for name in ("status", "top", "explain", "events", "ping", "doctor", "schema"):
         assert name in shown.stdout
+    assert "POWER_AGENT_RUN_DIR" in shown.stdout
+    assert "(default: /run/power-agent)" in shown.stdout
+    assert "3 enforcer not reachable" in shown.stdout
+    own = " ".join(powerctl("status", "--help").stdout.split())
+    assert "POWER_AGENT_RUN_DIR, that is /run/power-agent" in own
 
 
 # ------------------------------------------------------------------------------------- status
