@@ -120,6 +120,16 @@ def test_the_dashboard_asks_the_data_source_that_is_chosen() -> None:
             assert panel["targets"]
 
 
+def test_a_gpu_that_pods_share_is_counted_once() -> None:
+    """Each of its pods has a series with the GPU's one limit."""
+    for expression in expressions():
+        for found in re.finditer(r"power_agent_pod_effective_limit_watts", expression):
+            before = expression[: found.start()]
+            assert "sum(" not in before or "max by (node, UUID) (" in before, expression
+    text = (DEPLOY.parent / "docs/operations.md").read_text()
+    assert "sum(max by (node, UUID) (power_agent_pod_effective_limit_watts))" in text
+
+
 def test_panels_do_not_overlap() -> None:
     cells: set[tuple[int, int]] = set()
     for panel in dashboard()["panels"]:
