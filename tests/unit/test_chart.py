@@ -12,11 +12,18 @@ import pytest
 import yaml
 
 from shared import __version__
-from shared.settings import EnforcerSettings, SettingsError, WatcherSettings, parse_settings
+from shared.settings import (
+    DEFAULT_RUN_DIR,
+    EnforcerSettings,
+    SettingsError,
+    WatcherSettings,
+    parse_settings,
+)
 from tests.kube.chart import (
     CHART,
     DEPLOY,
     NAMESPACE,
+    ROOT,
     Object,
     RefusedError,
     containers,
@@ -236,9 +243,17 @@ SETTINGS_REFUSED: dict[str, tuple[Object, str]] = {
     "exit unknown": ({"onExit": "leave"}, "'restore', 'hold'"),
     "release unknown": ({"releaseTo": "factory"}, "'original', 'default'"),
     "lease unknown": ({"lease": "30"}, "hold, or release:<seconds>"),
+    "lease of nothing": ({"lease": "release:0"}, "at least 0.05"),
+    "lease too short": ({"lease": "release:0.049"}, "at least 0.05"),
+    "lease too long": ({"lease": "release:1000000"}, "at least 0.05"),
     "scan too fast": ({"scanSeconds": 0.01}, "seconds, at least 0.05"),
+    "scan too fast as text": ({"scanSeconds": "0.049"}, "seconds, at least 0.05"),
+    "never": ({"reconcileSeconds": "00.00"}, "seconds, at least 0.05"),
+    "reconcile too fast as text": ({"reconcileSeconds": "0.01"}, "seconds, at least 0.05"),
     "flag in words": ({"dryRun": "yes"}, "want null or boolean"),
     "readers by name": ({"readerUids": "root"}, "numeric user ids"),
+    "readers beyond all": ({"readerUids": "0, 4294967295"}, "below 4294967295"),
+    "a reader far beyond": ({"readerUids": "9999999999,1"}, "below 4294967295"),
     "relative path": ({"stateDir": "var/lib"}, "an absolute path"),
     "socket path too long": ({"runDir": "/" + "x" * 100}, "at most 94 characters"),
     "cgroup unknown": ({"cgroupRoot": "kubelet"}, "auto, or a cgroup path"),
@@ -263,6 +278,39 @@ def test_helm_refuses_in_clear_words_what_the_agent_would_refuse(case: str) -> N
     }  # fmt: skip
     with pytest.raises(SettingsError):
         both_parse(environment)
+
+
+# At the edges of what is refused: as the agent takes them, so does helm.
+SETTINGS_TAKEN: list[Object] = [
+    {"lease": "hold"},
+    {"lease": "release:0.05"},
+    {"lease": "release:000001"},
+    {"lease": "release:999999.999"},
+    {"scanSeconds": "0.05", "reconcileSeconds": "0.050"},
+    {"scanSeconds": "0.1", "reconcileSeconds": "00.06"},
+    {"scanSeconds": "10", "reconcileSeconds": "999999"},
+    {"readerUids": "0,4294967294 , 1000"},
+    {"readerUids": "0429496729,3999999999"},
+    {"metricsAddr": "[::]:9100"},
+    {"metricsAddr": ":9100"},
+    {"metricsAddr": "10.127.0.1:9100"},
+]
+
+
+@pytest.mark.parametrize("values", SETTINGS_TAKEN)
+def test_helm_takes_what_the_agent_takes(values: Object) -> None:
+    assert "DaemonSet" in kinds(render({"settings": values}))
+    both_parse({variable(key): str(each) for key, each in values.items()})
+
+
+LOOPBACKS = ("127.0.0.1:9100", "localhost:9100", "[::1]:9100", "::1:9100", "[::ffff:127.0.0.1]:1")
+
+
+@pytest.mark.parametrize("address", LOOPBACKS)
+def test_metrics_where_no_probe_reaches_them_are_refused(address: str) -> None:
+    words = refusal({"settings": {"metricsAddr": address}})
+    assert f"settings.metricsAddr={address}" in words
+    assert "name 0.0.0.0 or [::] with the port, or off" in words
 
 
 REFUSED: dict[str, tuple[Object, str]] = {
@@ -386,6 +434,17 @@ def test_the_minimal_form_of_one_container_can_change_user_and_no_more() -> None
         "drop": ["ALL"],
         "add": ["SYS_ADMIN", "SYS_PTRACE", "SETUID", "SETGID", "KILL"],
     }
+
+
+def test_supervisords_folder_for_temporary_files_can_be_written() -> None:
+    """On a read-only root; the image names the default folder."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"\nENV TMPDIR={DEFAULT_RUN_DIR}\n" in dockerfile
+    values: Object = {"supervised": True, "settings": {"runDir": "/run/elsewhere"}}
+    found = containers(render(values))["power-agent"]
+    assert literals(found)["TMPDIR"] == "/run/elsewhere"
+    assert "/run/elsewhere" in [each["mountPath"] for each in found["volumeMounts"]]
+    assert "TMPDIR" not in literals(containers(render({"supervised": True}))["power-agent"])
 
 
 def test_the_notes_say_how_to_see_it_work() -> None:

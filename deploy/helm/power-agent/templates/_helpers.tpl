@@ -127,6 +127,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "power-agent.supervisedEnv" -}}
 {{ include "power-agent.nodeEnv" . }}
 {{ include "power-agent.gpuEnv" . }}
+{{- with .Values.settings.runDir }}
+# supervisord's own, in the image /run/power-agent: the one folder in memory that it may write.
+- name: TMPDIR
+  value: {{ . | quote }}
+{{- end }}
 {{- include "power-agent.watcherVariables" . }}
 {{- include "power-agent.enforcerVariables" . }}
 {{- include "power-agent.commonVariables" . }}

@@ -13,6 +13,11 @@
 {{- if eq (include "power-agent.uid" .) "0" }}
 {{- fail "settings.watcherUid is 0, and the watcher must not be root: name another user, or leave it null" }}
 {{- end }}
+{{- with .Values.settings.metricsAddr }}
+{{- if regexMatch "^(localhost|127\\..*|\\[?::(ffff:127\\..*|1)\\]?):[0-9]+$" . }}
+{{- fail (printf "settings.metricsAddr=%s: the kubelet's probes and Prometheus do not reach a pod's loopback: name 0.0.0.0 or [::] with the port, or off" .) }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "power-agent.bounds" -}}
