@@ -61,7 +61,8 @@ RUN echo 'power-agent:x:65532:65532:Power Agent:/:/usr/sbin/nologin' >>/etc/pass
     && chmod 0755 /run/power-agent && chmod 0700 /var/lib/power-agent
 COPY --from=build /opt/power-agent /opt/power-agent
 # supervisord wants a folder for temporary files before it reads its configuration; on a read-only
-# root the sockets' folder is the one that root can always write.
+# root the sockets' folder is the one that root can always write. With another POWER_AGENT_RUN_DIR set
+# this to the same.
 ENV TMPDIR=/run/power-agent
 # No GPU unless asked for: the watcher has no use for one (`--gpus all` and the manifest ask).
 ENV PATH=/opt/power-agent/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
