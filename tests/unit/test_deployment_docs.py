@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kube.chart import CHART, DEPLOY, ROOT, containers, kustomize, literals, template
+from tests.kube.chart import (
+    CHART,
+    DEPLOY,
+    NAMESPACE,
+    ROOT,
+    containers,
+    documents,
+    kustomize,
+    literals,
+    named,
+    render,
+    template,
+)
 
 TEXT = (ROOT / "docs/deployment.md").read_text()
 EXAMPLES = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
@@ -50,6 +62,36 @@ def test_every_value_is_one() -> None:
         for key in name.split("."):
             assert key in found, name
             found = found[key]
+
+
+def test_the_quota_for_gke_is_for_the_class_of_the_manifest() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    (quota,) = [each for block in blocks if (each := yaml.safe_load(block)).get("kind")]
+    (scope,) = quota["spec"]["scopeSelector"]["matchExpressions"]
+    pod = template(documents((DEPLOY / "power_agent/daemonset.yaml").read_text()))["spec"]
+    assert quota["kind"] == "ResourceQuota"
+    assert quota["metadata"]["namespace"] == NAMESPACE
+    assert (scope["scopeName"], scope["values"]) == ("PriorityClass", [pod["priorityClassName"]])
+
+
+def test_the_rule_for_events_is_the_charts() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    rules = named(render({"settings": {"events": True}}))["ClusterRole", "power-agent"]["rules"]
+    assert rules[1:] == yaml.safe_load(block)
+
+
+def test_the_lines_to_change_are_marked() -> None:
+    """A mark stands in the comment right above its line."""
+    marked = set()
+    lines = (DEPLOY / "power_agent/daemonset.yaml").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line.lstrip().startswith("# change:"):
+            following = (each.strip() for each in lines[number:])
+            marked.add(next(each for each in following if not each.startswith("#")).split(":")[0])
+    assert marked == {
+        "image", "nodeSelector", "priorityClassName", "runtimeClassName", "tolerations",
+    }  # fmt: skip
 
 
 @pytest.fixture
