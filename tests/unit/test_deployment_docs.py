@@ -52,6 +52,31 @@ def test_every_overlay_is_described() -> None:
     assert {each.name for each in (DEPLOY / "overlays").iterdir()} <= told
 
 
+def test_what_one_overlay_leaves_behind_for_another_is_described() -> None:
+    """`kubectl apply -k` deletes nothing."""
+    has = {
+        each.name: {(kind.lower(), name) for kind, name in named(kustomize(each))}
+        for each in (DEPLOY / "power_agent", *(DEPLOY / "overlays").iterdir())
+    }
+    left = {
+        (old, new): found
+        for old in has
+        for new in has
+        if (found := has[old] - has[new]) and "monitoring" not in (old, new)
+    }
+    told = re.findall(r"\| `kubectl delete (\S+) power-agent( -n NAMESPACE)?`", TEXT)
+    to_namespaced, from_namespaced = (
+        {(kind, "power-agent") for kind in kinds.split(",")} for kinds, _ in told
+    )
+    assert [scope for _, scope in told] == ["", " -n NAMESPACE"]
+    for (old, new), found in left.items():
+        assert found == (to_namespaced if new == "namespaced" else from_namespaced)
+        assert "namespaced" in (old, new)
+    assert has["monitoring"] - has["power_agent"] == {
+        (kind.lower(), name) for kind, name in named(kustomize(DEPLOY / "monitoring"))
+    }
+
+
 def test_every_value_is_one() -> None:
     values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     groups = "|".join(values)
