@@ -101,26 +101,33 @@ def _gpu_gauges(gpus: list[messages.Gpu]) -> list[str]:
 
 def _pod_gauges(report: messages.Report) -> list[str]:
     pods = [(_pod(pod), pod) for pod in report.pods]
-    gpus = {gpu.uuid: _gpu(gpu) for gpu in report.gpus}
     requested = [
         (labels, format_watts(pod.requested_mw))
         for labels, pod in pods
         if pod.requested_mw is not None
-    ]
-    effective = [
-        ({**labels, **gpus.get(uuid, {"gpu": "", "UUID": uuid})}, format_watts(pod.effective_mw))
-        for labels, pod in pods
-        if pod.effective_mw is not None
-        for uuid in pod.gpus
     ]
     states: list[Sample] = [({**labels, "state": pod.state}, "1") for labels, pod in pods]
     return [
         *_metric(
             "power_agent_pod_requested_limit_watts", "gauge", "What the pod asks for", requested
         ),
-        *_metric("power_agent_pod_effective_limit_watts", "gauge", "What the pod has", effective),
+        *_metric(
+            "power_agent_pod_effective_limit_watts", "gauge", "What the pod has", _effective(report)
+        ),
         *_metric("power_agent_pod_state", "gauge", "The state that each pod is in", states),
     ]
+
+
+def _effective(report: messages.Report) -> list[Sample]:
+    """Return what holds on each GPU of each pod: the pod's own figure is the lowest of them."""
+    known = {gpu.uuid: (_gpu(gpu), gpu.limit_mw) for gpu in report.gpus}
+    samples: list[Sample] = []
+    for pod in report.pods:
+        for uuid in pod.gpus:
+            labels, limit_mw = known.get(uuid, ({"gpu": "", "UUID": uuid}, pod.effective_mw))
+            if limit_mw is not None:
+                samples.append(({**_pod(pod), **labels}, format_watts(limit_mw)))
+    return samples
 
 
 def _enforcer_counters(report: messages.Report) -> list[str]:

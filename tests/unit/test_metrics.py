@@ -276,11 +276,11 @@ def test_a_gpu_that_is_lost_or_only_named_by_a_pod_has_labels_all_the_same() -> 
         assert effective.one(namespace="default", pod="trainer", gpu="", UUID=uuid) == 350.5
 
 
-def test_a_pod_has_one_state_and_its_limit_on_each_of_its_gpus() -> None:
+def test_a_pod_has_one_state_and_on_each_of_its_gpus_the_limit_of_that_gpu() -> None:
     found = page(
-        [gpu(0), gpu(1)],
+        [gpu(0, limit_mw=400_000), gpu(1, limit_mw=300_000), gpu(2, limit_mw=None)],
         [
-            pod(effective_mw=300_000, state="clamped", gpus=["GPU-0", "GPU-1"]),
+            pod(effective_mw=300_000, state="clamped", gpus=["GPU-0", "GPU-1", "GPU-2"]),
             pod("waits", effective_mw=None, gpus=[], state="waiting"),
             pod("wrong", requested_mw=None, effective_mw=None, gpus=[], state="invalid"),
         ],
@@ -292,8 +292,8 @@ def test_a_pod_has_one_state_and_its_limit_on_each_of_its_gpus() -> None:
         ("wrong", "invalid"),
     ]
     effective = found["power_agent_pod_effective_limit_watts"].samples
-    assert [dict(labels)["gpu"] for _, labels in effective] == ["0", "1"]
-    assert set(effective.values()) == {300.0}
+    limits = {dict(labels)["gpu"]: watts for (_, labels), watts in effective.items()}
+    assert limits == {"0": 400, "1": 300}  # that of GPU 2 is not known
     assert len(found["power_agent_pod_requested_limit_watts"].samples) == 2
 
 
