@@ -4,7 +4,7 @@ Requests are claims about pods, never orders about processes: no pid and no path
 root. msgspec checks types and bounds on decoding only, so both sides decode with these types.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -270,6 +270,7 @@ class _Header(Struct, frozen=True):
     v: int
 
 
+T = TypeVar("T")
 _REQUEST_TYPES = ("snapshot", "status", "ping")
 _header_decoder = msgspec.msgpack.Decoder(_Header)
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -309,12 +310,19 @@ def decode_request(payload: bytes) -> Request:
 
 def decode_reply(payload: bytes) -> Reply:
     """Return the enforcer's answer in `payload`; raises msgspec.DecodeError."""
-    return _reply_decoder.decode(payload)
+    return _decoded(_reply_decoder, payload)
 
 
 def decode_event(payload: bytes) -> Event:
     """Return the event in `payload`; raises msgspec.DecodeError."""
-    return _event_decoder.decode(payload)
+    return _decoded(_event_decoder, payload)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[T], payload: bytes) -> T:
+    try:
+        return decoder.decode(payload)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def schema() -> dict[str, Any]:

@@ -217,6 +217,20 @@ def test_nvml_that_fails_turns_ready_red(node: WatcherNode) -> None:
     wait_until(lambda: node.page("/readyz") == expected, "the reason")
 
 
+def test_an_answer_that_is_no_utf8_is_told_and_survived(
+    node: WatcherNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = m.encode
+    monkeypatch.setattr(m, "encode", lambda reply: encode(reply).replace(b"AAAA", b"\xff" * 4))
+    assert node.enforcer
+    node.enforcer.answer = lambda snapshot: report(snapshot, nvml="failing", nvml_message="AAAA")
+    node.started()
+    wait_until(lambda: node.logs("enforcer_refuses"), "a word")
+    assert "makes no sense" in node.page("/readyz")[1]
+    assert node.stop() == 0
+    assert node.errors == ""
+
+
 # ---------------------------------------------------------------------- the API's side
 
 

@@ -343,6 +343,21 @@ def test_what_is_no_answer_raises_a_decode_error(payload: bytes) -> None:
         messages.decode_event(payload)
 
 
+@pytest.mark.parametrize(
+    ("place", "bad"),
+    [(b"AAAA", b"\xff\xfe\xff\xfe"), (b"\xa4BBBB", b"\x91" * 100_000 + b"\x90")],
+    ids=["no UTF-8", "nested"],
+)
+def test_an_answer_that_msgspec_has_another_error_for_raises_a_decode_error(
+    place: bytes, bad: bytes
+) -> None:
+    fields = {"v": 1, "version": "AAAA", "uptime_s": 1, "ts": 1, "message": "AAAA", "more": "BBBB"}
+    with pytest.raises(msgspec.DecodeError):
+        decode_reply(packed({"type": "pong"} | fields).replace(place, bad))
+    with pytest.raises(msgspec.DecodeError):
+        messages.decode_event(packed({"type": "message_denied"} | fields).replace(place, bad))
+
+
 def test_no_pid_and_no_path_travels_towards_root() -> None:
     definitions = messages.schema()["$defs"]
     fields = [*definitions["Snapshot"]["properties"], *definitions["DesiredPod"]["properties"]]
