@@ -17,6 +17,11 @@ from shared.units import format_watts, parse_watts
 DEFAULT_RUN_DIR = "/run/power-agent"
 # sun_path of sockaddr_un holds 108 bytes with its final zero (unix(7)).
 _SOCKET_PATH_BYTES = 107
+# Kubelet's id of a static pod, which its cgroup shows in place of the uid.
+CONFIG_HASH = "kubernetes.io/config.hash"
+# Names as the API takes them (apimachinery validation.IsDNS1123Label, IsDNS1123Subdomain).
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_DNS_SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 
 
 class SettingsError(Exception):
@@ -108,11 +113,26 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _namespace(value: str) -> str:
+    # Of one that cannot exist the API lists no pods, without an error: limits would be given back.
+    if not re.fullmatch(_DNS_LABEL, value):
+        raise ValueError("not the name of one namespace such as team-a")
+    return value
+
+
+def _node(value: str) -> str:
+    if len(value) > 253 or not re.fullmatch(_DNS_SUBDOMAIN, value):
+        raise ValueError("not the name of a node such as node-1.example.com")
+    return value
+
+
 def _annotation(value: str) -> str:
     # A qualified name (apimachinery validation.IsQualifiedName): an optional DNS prefix, a name.
     prefix = r"(?:[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?"
     if not re.fullmatch(prefix + r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", value):
         raise ValueError("not an annotation key such as example.com/name")
+    if value == CONFIG_HASH:
+        raise ValueError("the kubelet's own: it holds the id of a static pod")
     return value
 
 
@@ -258,11 +278,13 @@ class EnforcerSettings(CommonSettings):
 class WatcherSettings(CommonSettings):
     """What the watcher reads."""
 
-    node: str = _setting("NODE_NAME", None, "node whose pods are watched", required=True)
+    node: str = _setting("NODE_NAME", None, "node whose pods are watched", _node, required=True)
     kubeconfig: str | None = _setting(
         "KUBECONFIG", None, "used outside a cluster (in-cluster configuration comes first)"
     )
-    namespace: str | None = _setting("WATCH_NAMESPACE", None, "only pods of this namespace")
+    namespace: str | None = _setting(
+        "WATCH_NAMESPACE", None, "only pods of this namespace", _namespace
+    )
     annotation: str = _setting(
         "POWER_AGENT_ANNOTATION",
         "dynamo.nvidia.com/gpu-power-limit",
@@ -298,7 +320,7 @@ def parse_settings(kind: type[S], environment: Mapping[str, str]) -> S:
         try:
             values[key] = None if text is None else variable.parse(text)
         except ValueError as error:
-            remedy = f"correct it ({variable.meaning}) or unset it"
+            remedy = f"correct it ({variable.meaning})" + " or unset it" * (not variable.required)
             shown = repr(text if len(text or "") <= 80 else f"{text:.80}...")
             raise SettingsError(f"{variable.name}={shown}: {error}; {remedy}") from error
     settings = kind(**values)

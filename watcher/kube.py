@@ -109,7 +109,15 @@ class Api:
 
         configuration = _configuration(self._kubeconfig, self._in_kubernetes)
         configuration.socket_options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
-        return configuration, RESTClientObject(configuration).pool_manager
+        try:
+            return configuration, RESTClientObject(configuration).pool_manager
+        except (HTTPError, ImportError) as error:  # all else was tried before; for SOCKS: PySocks
+            scheme = urlsplit(configuration.host).scheme.upper()
+            proxy = str(configuration.proxy).rpartition("@")[2]  # without its password
+            raise SettingsError(
+                f"{scheme}_PROXY, ALL_PROXY or the kubeconfig's proxy-url={proxy!r}: "
+                f"{_one_line(error)}; write it as http://host:port or unset it"
+            ) from error
 
     def _reload(self) -> None:
         """Read tokens and certificates again; keep the old ones where that fails."""

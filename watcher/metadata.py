@@ -10,10 +10,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.messages import Id, Name
+from shared.settings import CONFIG_HASH
 from watcher import annotations
-
-# Kubelet's id of a static pod, which its cgroup shows in place of the uid.
-CONFIG_HASH = "kubernetes.io/config.hash"
 
 LIST_ACCEPT = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 WATCH_ACCEPT = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"

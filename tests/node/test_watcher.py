@@ -496,6 +496,22 @@ def test_no_credentials_at_all_is_a_configuration_error(node: WatcherNode) -> No
     _exits_2(node, "KUBECONFIG", "not set")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("NODE_NAME", "Gpu_Node"),
+        ("WATCH_NAMESPACE", "default,team-b"),
+        ("POWER_AGENT_ANNOTATION", "kubernetes.io/config.hash"),
+        ("HTTP_PROXY", "squid.example:3128"),  # curl takes it; the API here is http
+    ],
+)
+def test_a_setting_that_cannot_be_right_is_a_configuration_error(
+    node: WatcherNode, variable: str, value: str
+) -> None:
+    node.environment[variable] = value
+    _exits_2(node, variable, value)
+
+
 def test_unset_node_name_is_a_configuration_error(node: WatcherNode) -> None:
     del node.environment["NODE_NAME"]
     _exits_2(node, "NODE_NAME", "not set")

@@ -155,8 +155,12 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", "dry_run", "False", False),
     (EnforcerSettings, "POWER_AGENT_SUPERVISED", "supervised", "1", True),
     (WatcherSettings, "NODE_NAME", "node", "n1", "n1"),
+    (WatcherSettings, "NODE_NAME", "node", "10.0.0.1", "10.0.0.1"),
+    (WatcherSettings, "NODE_NAME", "node", "ip-1.eu--2.x", "ip-1.eu--2.x"),
+    (WatcherSettings, "NODE_NAME", "node", "n" * 253, "n" * 253),
     (WatcherSettings, "KUBECONFIG", "kubeconfig", "/k", "/k"),
     (WatcherSettings, "WATCH_NAMESPACE", "namespace", "team-a", "team-a"),
+    (WatcherSettings, "WATCH_NAMESPACE", "namespace", "7" * 63, "7" * 63),
     (WatcherSettings, "POWER_AGENT_ANNOTATION", "annotation", "x.y/z", "x.y/z"),
     (WatcherSettings, "POWER_AGENT_METRICS_ADDR", "metrics", "off", None),
     (
@@ -212,6 +216,12 @@ WRONG: list[tuple[type[CommonSettings], str, list[str]]] = [
     ),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", ["yes", "on", "2"]),
     (EnforcerSettings, "POWER_AGENT_SUPERVISED", ["yes"]),
+    (
+        WatcherSettings,
+        "WATCH_NAMESPACE",
+        ["a,b", "default ", "Default", "../nodes", "a/b", "a.b", "-a", "a-", "a" * 64, "é"],
+    ),
+    (WatcherSettings, "POWER_AGENT_ANNOTATION", ["a b", "/x", "kubernetes.io/config.hash"]),
     (WatcherSettings, "POWER_AGENT_METRICS_ADDR", ["9100", "0.0.0.0", "h:65536", "h:", "h:x"]),
     (WatcherSettings, "POWER_AGENT_EVENTS", ["yes"]),
 ]
@@ -229,6 +239,15 @@ def test_a_wrong_value_is_told_with_variable_value_and_remedy(
     assert said.startswith(f"{variable}='{text[:80]}")
     assert said.endswith("or unset it")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "text", ["Node-A", "a,status.phase=Running", "a_b", "a..b", ".a", "a-", "a\n", "n" * 254]
+)
+def test_a_node_name_that_cannot_exist_is_told_with_the_remedy(text: str) -> None:
+    """With another field in it the selector would choose other pods."""
+    with pytest.raises(SettingsError, match=r"^NODE_NAME='.*; correct it \(node whose pods are wa"):
+        parse_settings(WatcherSettings, {"NODE_NAME": text})
 
 
 def test_a_value_with_control_characters_or_a_huge_one_stays_one_short_line() -> None:
