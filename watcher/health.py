@@ -5,6 +5,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 
@@ -16,7 +17,7 @@ Page = Callable[[], tuple[int, str, str]]
 _TEXT = "text/plain; charset=utf-8"
 _READ_S = 5.0
 _CONNECTIONS = 8
-_OLD_S = 2.0  # a full house drops the oldest connection, if it had time enough
+_OLD_S = 2.0  # where all are alike, a full house drops the oldest, if it had time enough
 
 
 def checklist(missing: list[str]) -> tuple[int, str, str]:
@@ -36,7 +37,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Listen; raises SettingsError."""
         self.pages = pages
         self._lock = threading.Lock()
-        self._open: dict[socket.socket, float] = {}  # since when, oldest first
+        self._open: dict[socket.socket, tuple[float, str]] = {}  # since when, whose; oldest first
         if ":" in address.host:
             self.address_family = socket.AF_INET6
         try:
@@ -59,19 +60,31 @@ class Server(socketserver.ThreadingTCPServer):
         serve.name = "health"
         serve.start()
 
-    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
+    def verify_request(self, request: object, client_address: tuple[str, int]) -> bool:
         """Keep the number of connections bounded."""
         assert isinstance(request, socket.socket)
-        now = time.monotonic()
+        now, peer = time.monotonic(), client_address[0]
         with self._lock:
             if len(self._open) >= _CONNECTIONS:
-                oldest, since = next(iter(self._open.items()))
-                if now - since < _OLD_S:
+                leaving = self._leaving(now, peer)
+                if leaving is None:
                     return False
-                del self._open[oldest]
-                _hang_up(oldest)
-            self._open[request] = now
+                del self._open[leaving]
+                _hang_up(leaving)
+            self._open[request] = now, peer
         return True
+
+    def _leaving(self, now: float, newcomer: str) -> socket.socket | None:
+        """Return the connection to drop for one of `newcomer`, None where that one has to go.
+
+        Fair by address: one pod that connects again and again never shuts the kubelet out.
+        """
+        held = Counter(peer for _, peer in self._open.values())
+        ((greediest, most),) = held.most_common(1)
+        if held[newcomer] < most:
+            return next(c for c, (_, peer) in self._open.items() if peer == greediest)
+        oldest, (since, _) = next(iter(self._open.items()))
+        return oldest if now - since >= _OLD_S else None
 
     def close_request(self, request: object) -> None:
         """Forget a connection that has ended."""

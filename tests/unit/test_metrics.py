@@ -373,6 +373,7 @@ def end(server: health.Server) -> None:
 
 
 def ask(server: health.Server, path: str, method: str = "GET") -> tuple[int, str, str]:
+    """Ask from 127.0.0.1, the address of the kubelet here."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
     with contextlib.closing(connection):
         connection.request(method, path)
@@ -485,6 +486,40 @@ def test_a_client_that_drips_is_dropped_when_the_house_is_full(server: health.Se
         for thread in threads:
             thread.join()
     until(lambda: not server._open, "all connections forgotten")
+
+
+def test_one_address_that_connects_without_end_does_not_shut_another_out(
+    server: health.Server,
+) -> None:
+    stop = threading.Event()
+
+    def hold() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError), socket.socket() as hostile:
+                hostile.bind(("127.0.0.2", 0))
+                hostile.settimeout(0.5)
+                hostile.connect(("127.0.0.1", server.port))
+                hostile.recv(1)  # says nothing itself, until it is hung up on
+
+    threads = [threading.Thread(target=hold) for _ in range(health._CONNECTIONS + 4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(server._open) == health._CONNECTIONS, "a full house")
+    answered = [_answers(server) for _ in range(20)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert all(answered)
+
+
+def test_a_full_house_of_one_address_still_lets_its_oldest_have_its_time(
+    server: health.Server,
+) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(health._CONNECTIONS):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), 5))
+        until(lambda: len(server._open) == health._CONNECTIONS, "a full house")
+        assert not _answers(server)
 
 
 def test_an_address_that_is_taken_is_a_wrong_setting(server: health.Server) -> None:
