@@ -162,7 +162,12 @@ def _own(counts: Counts, link: Link) -> list[str]:
     version = {"version": __version__}
     return [
         *_metric("power_agent_watch_events_total", "counter", "Events of the pod watch", events),
-        *_metric("power_agent_watch_restarts_total", "counter", "Watches opened again", restarts),
+        *_metric(
+            "power_agent_watch_restarts_total",
+            "counter",
+            "Watches opened again, lists asked for again",
+            restarts,
+        ),
         *_metric(
             "power_agent_list_requests_total",
             "counter",

@@ -5,9 +5,11 @@ Rules:
 2. One list per start and per 410. Whatever else ends a watch, it goes on where it was.
 3. A list is swapped in whole; a half-read one is never seen.
 4. What is held never goes back in time, and a failure never empties it.
+5. Only a watch that lasts is a success: whatever else comes again and again waits ever longer.
 """
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +28,7 @@ LINE_BYTES = 4 * 1024 * 1024
 LIST_TIMEOUT_S = 60.0
 WATCH_S = (240, 300)  # asked of the server; spread, so that a cluster's agents do not come at once
 WATCH_SLACK_S = 20.0
-STEADY_S = 1.0  # a watch that lived as long, or brought something, was a success
+STEADY_S = 1.0  # a watch that lived as long has proved that the server can be watched
 _FIRST_DELAY_S = 0.25
 _MAX_DELAY_S = 30.0
 _DIGITS = 39  # versions are 128 bits at most (KEP-5504)
@@ -80,7 +82,7 @@ class Watching:
     @property
     def steady(self) -> bool:
         """Whether this watch was a success, however it ends."""
-        return self.fruitful or time.monotonic() - self.since >= STEADY_S
+        return time.monotonic() - self.since >= STEADY_S
 
 
 State = Listing | Resuming | Watching
@@ -125,29 +127,36 @@ def after_failure(state: State, error: ApiError) -> State:
 
 
 class Backoff:
-    """How long to wait after failures in a row."""
+    """How long to wait after watches in a row that did not last."""
 
     def __init__(self) -> None:
         """Begin without failures."""
-        self.failures, self._expired = 0, False
+        self.failures, self._excused = 0, False
 
     def succeed(self) -> None:
         """Begin anew."""
-        self.failures, self._expired = 0, False
+        self.failures, self._excused = 0, False
 
     def fail(self, error: ApiError) -> float:
-        """Return the seconds to wait after one more.
+        """Return the seconds to wait after one more failure.
 
-        A 410 is an answer, usually the first after an outage: no reason to wait, unless the one
-        before was the same.
+        A 410 is an answer, usually the first after an outage, and no reason to wait.
         """
-        again, self._expired = self._expired, is_expiry(error)
-        if self._expired and not again:
+        return self._wait_s(error.retry_after_s, excused=is_expiry(error))
+
+    def end(self) -> float:
+        """Return the seconds to wait after a short watch that the server ended in order."""
+        return self._wait_s(0.0, excused=True)
+
+    def _wait_s(self, least_s: float, *, excused: bool) -> float:
+        # What is excused once is none of it when it comes again and again.
+        again, self._excused = self._excused, excused
+        if excused and not again:
             return 0.0
         self.failures += 1
         longest_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(self.failures - 1, 10))
         jittered_s = longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
-        return min(_MAX_DELAY_S, max(jittered_s, error.retry_after_s))
+        return min(_MAX_DELAY_S, max(jittered_s, least_s))
 
 
 class Reflector:
@@ -171,6 +180,8 @@ class Reflector:
         self._stop = threading.Event()
         self._open: Answer | None = None
         self._troubled_since: float | None = None
+        self._trouble: object = None  # its kind: status, or the text without its numbers
+        self._proof: threading.Timer | None = None
         self.listed = False
         self.problem: str | None = None
         self.turned_at = time.monotonic()
@@ -245,7 +256,10 @@ class Reflector:
             read_timeout_s=seconds + WATCH_SLACK_S,
         )
         self._open = answer
-        self._recovered()
+        if self._troubled_since is not None:  # a server may say 200 and fail right after
+            self._proof = threading.Timer(STEADY_S, self._recovered)
+            self._proof.daemon = True
+            self._proof.start()
         return Watching(version, answer, time.monotonic())
 
     def _take(self, state: Watching) -> State:
@@ -273,11 +287,15 @@ class Reflector:
         return state
 
     def _closed(self, state: Watching) -> State:
-        self._open = None
-        if not state.steady:
+        if not (state.steady or state.fruitful):
             raise ApiError("the watch was closed as soon as it was open")
-        self._backoff.succeed()
+        self._hang_up()
+        self._recovered()
         self._counts.watch_restarts["closed"] += 1
+        if state.steady:
+            self._backoff.succeed()
+        else:
+            self._stop.wait(self._backoff.end())
         return Resuming(state.version)
 
     def _apply(self, line: bytes) -> tuple[str, bool]:
@@ -314,8 +332,7 @@ class Reflector:
             self._backoff.succeed()
         following = after_failure(state, error)
         expired = isinstance(following, Listing) and not isinstance(state, Listing)
-        if not isinstance(state, Listing):
-            self._counts.watch_restarts["expired" if expired else "failed"] += 1
+        self._counts.watch_restarts["expired" if expired else "failed"] += 1
         delay_s = self._backoff.fail(error)
         if expired:
             self._log.debug("watch_expired", message=str(error))
@@ -325,6 +342,9 @@ class Reflector:
         return following
 
     def _hang_up(self) -> None:
+        if self._proof is not None:
+            self._proof.cancel()
+            self._proof = None
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -336,8 +356,9 @@ class Reflector:
             text = f"{text}; if it stays so, {self._scope.rule}"
         if self._troubled_since is None:
             self._troubled_since = time.monotonic()
-        if text != self.problem:
-            self.problem = text
+        self.problem, trouble = text, error.status or re.sub("[0-9]+", "", text)
+        if trouble != self._trouble:
+            self._trouble = trouble
             doing = "list" if isinstance(state, Listing) else "watch"
             self._log.warning("kubernetes_failing", doing=doing, message=text)
 
@@ -345,7 +366,7 @@ class Reflector:
         if self._troubled_since is not None:
             outage_s = round(time.monotonic() - self._troubled_since, 3)
             self._log.info("kubernetes_answers", outage_s=outage_s)
-        self.problem = self._troubled_since = None
+        self.problem = self._troubled_since = self._trouble = None
 
 
 def _watch_error(failure: metadata.Failure) -> ApiError:

@@ -541,6 +541,120 @@ def run_script(*answers: list[bytes | ApiError]) -> tuple[Subject, ScriptedApi, 
     return subject, api, None
 
 
+class EndlessApi:
+    """Lists always succeed; each watch brings what `pieces` makes of its number."""
+
+    def __init__(
+        self,
+        pieces: Callable[[int], list[bytes | ApiError]],
+        version: Callable[[int], int] = lambda _: 10,
+    ) -> None:
+        self.pieces, self.version = pieces, version
+        self.lists = self.watches = 0
+
+    def get(
+        self, _path: str, query: Mapping[str, str], *, accept: str, read_timeout_s: float
+    ) -> ScriptedAnswer:
+        assert accept
+        assert read_timeout_s > 0
+        if "watch" in query:
+            self.watches += 1
+            return ScriptedAnswer(self.pieces(self.watches))
+        self.lists += 1
+        return ScriptedAnswer([pod_list(self.version(self.lists), meta("a", "350", 9))])
+
+
+class Waits(threading.Event):
+    """Stands in for the reflector's `_stop`: notes how long it would wait, and ends it after 12."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        if len(self.seconds) == 12:
+            self.set()
+        return self.is_set()
+
+
+def run_endless(api: EndlessApi) -> tuple[Subject, list[float]]:
+    """Reflect until it has waited 12 times; return the seconds too."""
+    subject, waits = Subject(api, Scope(NODE, None)), Waits()
+    subject.reflector._stop = waits
+    subject.reflector.run()
+    return subject, waits.seconds
+
+
+def grows(seconds: list[float]) -> bool:
+    """Tell whether these are the waits after one failure, after two, and so on."""
+    return all(0.125 * 2**k <= s <= min(30, 0.25 * 2**k) or s >= 15 for k, s in enumerate(seconds))
+
+
+def error_event(code: int) -> bytes:
+    return line("ERROR", {"code": code, "message": "because"})
+
+
+def bookmark(version: int) -> bytes:
+    return line("BOOKMARK", {"metadata": {"resourceVersion": str(version)}})
+
+
+def test_a_watch_that_is_accepted_and_then_fails_each_time_is_one_failure() -> None:
+    """A server tells etcd's trouble as 200 with an ERROR event."""
+    subject, waits = run_endless(EndlessApi(lambda _: [error_event(500)]))
+    assert [event for _, event, _ in subject.log.lines] == ["kubernetes_failing"]
+    assert subject.counts.watch_restarts["failed"] == 12
+    assert grows(waits)
+
+
+def test_an_event_before_each_failure_makes_no_storm() -> None:
+    def pieces(number: int) -> list[bytes | ApiError]:
+        return [line("MODIFIED", meta("a", "350", 10 + number)), ApiError("torn")]
+
+    subject, waits = run_endless(EndlessApi(pieces))
+    assert [event for _, event, _ in subject.log.lines] == ["kubernetes_failing"]
+    assert grows(waits)
+
+
+def test_only_the_first_410_in_a_row_is_free_also_where_an_event_comes_before() -> None:
+    api = EndlessApi(lambda n: [bookmark(10 * n + 1), error_event(410)], lambda n: 10 * n)
+    subject, waits = run_endless(api)
+    assert (waits[0], grows(waits[1:])) == (0, True)
+    assert api.lists == 12  # one for each
+    assert subject.counts.watch_restarts["expired"] == 12
+
+
+def test_only_the_first_short_watch_that_ends_in_order_is_free() -> None:
+    api = EndlessApi(lambda _: [bookmark(10)])
+    subject, waits = run_endless(api)
+    assert (waits[0], grows(waits[1:])) == (0, True)
+    assert (api.lists, subject.log.lines) == (1, [])
+    assert subject.counts.watch_restarts == {"closed": 12, "expired": 0, "failed": 0}
+
+
+def test_a_watch_that_lasted_may_end_without_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "STEADY_S", 0.0)
+    subject, _, error = run_script([pod_list(10)], [], [], [])
+    assert (error, subject.counts.watch_restarts["closed"]) == (None, 3)
+
+
+def test_a_problem_whose_numbers_change_is_told_once() -> None:
+    """A restored cluster lives: each list has another, still older, version."""
+    api = EndlessApi(lambda _: [error_event(410)], lambda n: 1000 if n == 1 else 100 + n)
+    subject, _ = run_endless(api)
+    assert len(subject.log.of("kubernetes_failing")) == 1
+    assert f"older ({100 + api.lists})" in str(subject.reflector.problem)  # the newest
+    assert subject.counts.watch_restarts == {"closed": 0, "expired": 1, "failed": 11}
+
+
+def test_lists_that_fail_are_counted(api: KubeApi, start: Start) -> None:
+    api.fail_next(2, 503)
+    subject = start(api)
+    subject.wait_for({})
+    assert subject.counts.watch_restarts["failed"] == 2
+
+
 EVENTS = b"".join(
     [
         line("ADDED", meta("a", "１", 11)),
