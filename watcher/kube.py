@@ -5,6 +5,7 @@ proxies and the connection pool. Its API classes, models and watch helpers are l
 """
 
 import contextlib
+import functools
 import http.client
 import importlib
 import importlib.util
@@ -28,14 +29,18 @@ from shared import __version__
 from shared.settings import SettingsError
 
 _CONNECT_S = 5.0
+# An answer that may take longer is a watch: its head comes at once, or the server hangs.
+_PROMPT_S, _HEAD_S = 60.0, 30.0
 _CHUNK_BYTES = 64 * 1024
 _STATUS_BYTES = 16 * 1024  # of an error's body, whose `message` says what was wrong
-# A peer that is gone without a word (node replaced, NAT entry lost) is noticed after about 25 s.
+# A peer that is gone without a word (node replaced, NAT entry lost) is noticed after about 25 s,
+# also (the last one) while something that was sent is not acknowledged.
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000),
 ]
 # A module that is taken out of sys.modules by one thread must not be missed by another.
 _importing = threading.RLock()
@@ -110,7 +115,7 @@ class Api:
         configuration = _configuration(self._kubeconfig, self._in_kubernetes)
         configuration.socket_options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
         try:
-            return configuration, RESTClientObject(configuration).pool_manager
+            manager = RESTClientObject(configuration).pool_manager
         except (HTTPError, ImportError) as error:  # all else was tried before; for SOCKS: PySocks
             scheme = urlsplit(configuration.host).scheme.upper()
             proxy = str(configuration.proxy).rpartition("@")[2]  # without its password
@@ -118,6 +123,9 @@ class Api:
                 f"{scheme}_PROXY, ALL_PROXY or the kubeconfig's proxy-url={proxy!r}: "
                 f"{_one_line(error)}; write it as http://host:port or unset it"
             ) from error
+        pools = manager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = {name: _impatient(kind) for name, kind in pools.items()}
+        return configuration, manager
 
     def _reload(self) -> None:
         """Read tokens and certificates again; keep the old ones where that fails."""
@@ -180,6 +188,24 @@ class Api:
                 preload_content=False,
                 decode_content=False,
             )
+
+
+@functools.cache
+def _impatient(pools: Any) -> Any:  # noqa: ANN401
+    """Return that class of connection pools with `_HEAD_S`, for which urllib3 has no setting."""
+
+    class Connection(pools.ConnectionCls):  # type: ignore[misc]
+        timeout: float
+
+        def getresponse(self) -> urllib3.HTTPResponse:
+            sock, timeout_s = self.sock, self.timeout
+            self.timeout = _HEAD_S if timeout_s > _PROMPT_S else timeout_s
+            response: urllib3.HTTPResponse = super().getresponse()
+            with contextlib.suppress(OSError):  # closed: there was nothing but the head
+                sock.settimeout(timeout_s)
+            return response
+
+    return type("Pool", (pools,), {"ConnectionCls": Connection})
 
 
 def _credentials(configuration: Any) -> dict[str, str]:  # noqa: ANN401

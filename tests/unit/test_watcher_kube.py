@@ -25,6 +25,7 @@ import yaml
 from shared.settings import SettingsError
 from tests.simnode.controlplane_certs import Certificates, make_certificates
 from tests.simnode.kubeapi import KubeApi
+from watcher import kube
 from watcher.kube import Api, ApiError
 
 ROOT = Path(__file__).parents[2]
@@ -633,6 +634,24 @@ def test_silence_ends_with_the_read_timeout(tmp_path: Path) -> None:
         assert time.monotonic() - begun_s < 2
 
 
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_the_head_of_a_watch_is_not_waited_for_as_long_as_its_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: bytes
+) -> None:
+    monkeypatch.setattr(kube, "_HEAD_S", 0.2)
+    with Script(b"", stay=True) as server, opened(plain(tmp_path, server.port)) as api:
+        begun_s = time.monotonic()
+        with pytest.raises(ApiError, match="timed out"):
+            api.get("/x", {}, accept="*/*", read_timeout_s=300)
+        assert time.monotonic() - begun_s < 2
+    said = HEAD + more + b"Transfer-Encoding: chunked\r\n\r\n"
+    with Script(said, stay=True) as server, opened(plain(tmp_path, server.port)) as api:
+        answer = api.get("/x", {}, accept="*/*", read_timeout_s=300)
+        found: Any = answer._response
+        assert found._fp.fp.raw._sock.gettimeout() == 300
+        answer.close()
+
+
 def test_bytes_come_as_soon_as_they_are_there(tmp_path: Path) -> None:
     said = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"
     with Script(said, stay=True) as server, opened(plain(tmp_path, server.port)) as api:
@@ -686,6 +705,7 @@ def test_half_open_connections_are_noticed_by_the_kernel(tmp_path: Path) -> None
             for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
         )
         assert idle + interval * count <= 30
+        assert used.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 30_000
         answer.close()
 
 
