@@ -1,7 +1,7 @@
 """Tells the enforcer what is wanted: at once when it changes, again and again while it does not.
 
 Rules:
-1. Nothing is sent before the first list is complete: "not known" is not "nothing".
+1. Without a complete list the enforcer is only pinged: "not known" is not "nothing".
 2. Each message is the whole wish; the revision rises by one with each that differs.
 3. What was offered last goes on being sent, whatever becomes of the Kubernetes API.
 """
@@ -160,10 +160,12 @@ class Publisher:
         self.too_much = None
         self._revision = candidate.revision
         before, self._content, self._snapshot = self._content, content, candidate
-        if arrived_at is not None and len(self._pending) < _PENDING:
+        changed, gone = snapshot.changed(before, content), snapshot.gone(before, content)
+        asks = bool(changed or gone)  # pods without the annotation come and go all the time
+        if asks and arrived_at is not None and len(self._pending) < _PENDING:
             self._pending.append((self._revision, arrived_at))
         self._send(now)
-        self._tell(before, content, pods)
+        self._tell(changed, gone, pods)
 
     def _make(self, content: snapshot.Content) -> messages.Snapshot:
         made = messages.Snapshot(
@@ -189,11 +191,9 @@ class Publisher:
 
     def _send(self, now: float) -> None:
         self._due_at = now + HEARTBEAT_S
-        if self._snapshot is None:
-            return
         if self._owed_since is None:
             self._owed_since = now
-        if self._client.send(self._snapshot):
+        if self._client.send(self._snapshot or messages.Ping()):
             self._retry_s = _RETRY_S
         elif self._client.connected:
             self._due_at = now + self._retry_s
@@ -205,17 +205,22 @@ class Publisher:
             case messages.Report() if reply.session == self._session:
                 self._reported_at, self._report = now, reply
                 self._accepted()
-                done = [at for revision, at in self._pending if revision <= reply.revision]
-                for arrived_at in done:
-                    self._counts.latency.observe(now - arrived_at)
-                del self._pending[: len(done)]
+                self._measure(reply, now)
                 self._on_report(reply)
             case messages.Error(code="stale"):
+                self._pending.clear()  # the other watcher had them enforced, or nobody
                 self._refuse("stale", f"another watcher took over this node: {reply.message}")
             case messages.Error():
                 self._refuse(reply.code, f"the enforcer refuses ({reply.code}): {reply.message}")
             case _:
                 pass  # an answer to nothing that was asked here
+
+    def _measure(self, report: messages.Report, now: float) -> None:
+        done = [at for revision, at in self._pending if revision <= report.revision]
+        del self._pending[: len(done)]
+        if report.nvml == "ok":  # else no limit was read back
+            for arrived_at in done:
+                self._counts.latency.observe(now - arrived_at)
 
     def _refuse(self, code: str, problem: str) -> None:
         if code != self._refused_code:
@@ -228,9 +233,6 @@ class Publisher:
         self.refused = self._refused_code = None
 
     def _watch_silence(self, now: float) -> None:
-        if self._snapshot is None:  # it is asked nothing, so it owes no answer
-            self._owed_since = None
-            return
         silent_s = 0.0 if self._owed_since is None else now - self._owed_since
         if silent_s >= SILENT_S and not self._silent:
             self._silent = True
@@ -242,11 +244,14 @@ class Publisher:
             self._log.info("enforcer_answers")
 
     def _tell(
-        self, before: snapshot.Content, after: snapshot.Content, pods: Mapping[str, Pod]
+        self,
+        changed: list[messages.DesiredPod],
+        gone: list[messages.DesiredPod],
+        pods: Mapping[str, Pod],
     ) -> None:
         """Log what is wanted now, and what cannot be made sense of: once per change."""
-        changed, gone = snapshot.changed(before, after), snapshot.gone(before, after)
-        sizes = {"revision": self._revision, "pods": len(after.pods), "others": len(after.others)}
+        wanted, others = self._content.pods, self._content.others
+        sizes = {"revision": self._revision, "pods": len(wanted), "others": len(others)}
         if not changed and not gone and self._revision > 1:
             self._log.debug("wanted", **sizes)
             return
@@ -268,13 +273,18 @@ class Publisher:
 
     def missing(self, now: float) -> list[str]:
         """Return what keeps limits from being enforced, as far as this side can see."""
-        if self.too_much is not None:
-            return [f"snapshot: {self.too_much}"]
-        if self.refused is not None:
-            return [f"enforcer: {self.refused}"]
+        missing = [] if self.too_much is None else [f"snapshot: {self.too_much}"]
         link = self.link(now)
-        if link.report is None or not link.up:
-            return ["enforcer: no answer"]
-        if link.report.nvml != "ok":
-            return [f"nvml: {link.report.nvml}: {link.report.nvml_message}"]
-        return []
+        if self.refused is not None:
+            missing.append(f"enforcer: {self.refused}")
+        elif not link.up:
+            missing.append("enforcer: no answer")
+        elif self._snapshot is not None:  # else it was asked nothing yet that it could report on
+            missing += _unfit(link.report)
+        return missing
+
+
+def _unfit(report: messages.Report | None) -> list[str]:
+    if report is None:
+        return ["enforcer: no report yet"]
+    return [] if report.nvml == "ok" else [f"nvml: {report.nvml}: {report.nvml_message}"]

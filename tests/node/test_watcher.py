@@ -250,6 +250,7 @@ def test_an_outage_changes_nothing_and_costs_no_list(node: WatcherNode) -> None:
     (said,) = node.logs("kubernetes_failing")[-1:]
     assert "refused" in said["message"]
     assert len(node.logs("kubernetes_failing")) <= 2  # the broken watch, then the refusal
+    wait_until(lambda: node.logs("kubernetes_answers"), "the end of the outage said")
     assert len(node.logs("kubernetes_answers")) == 1
 
 
@@ -259,6 +260,8 @@ def test_api_down_at_start_is_waited_for_and_nothing_is_told(node: WatcherNode) 
         node.start()
         wait_until(lambda: "pods: not listed yet" in node.page("/readyz")[1], "the reason")
         node.stays(lambda: node.sent() == [], 1.0)
+        assert "enforcer" not in node.page("/readyz")[1]  # which answers pings
+        assert node.metric("power_agent_enforcer_up") == 1
         assert node.page("/healthz")[0] == 200
         assert len(node.logs("kubernetes_failing")) == 1
     node.wait_for(a=300_000)

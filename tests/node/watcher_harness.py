@@ -79,11 +79,18 @@ class StandIn:
         while not self._end.is_set():
             for incoming in server.receive(_WAIT_S):
                 request = m.decode_request(incoming.payload)
-                assert isinstance(request, m.Snapshot)
-                self.got.append((time.monotonic(), request))
+                if isinstance(request, m.Snapshot):
+                    self.got.append((time.monotonic(), request))
                 if self.answer is not None:
-                    server.reply(incoming, self.answer(request))
+                    server.reply(incoming, self._reply(request, self.answer))
         server.close()
+
+    @staticmethod
+    def _reply(request: m.Request, answer: _Answer) -> m.Reply:
+        if isinstance(request, m.Snapshot):
+            return answer(request)
+        assert isinstance(request, m.Ping)
+        return m.Pong(version="1", uptime_s=1.0)
 
     def last(self) -> m.Snapshot | None:
         """The newest snapshot, None where none came."""

@@ -20,6 +20,7 @@ from watcher.metrics import Counts
 from watcher.publisher import HEARTBEAT_S, SILENT_S, Mailbox, Publisher
 
 NODE = "node-a"
+PONG = m.Pong(version="1", uptime_s=1.0)
 
 
 class Lines(Log):
@@ -44,6 +45,7 @@ class Link:
     def __init__(self) -> None:
         self.connected, self.connections, self.takes = False, 0, True
         self.sent: list[m.Snapshot] = []
+        self.pings = 0
         self.broken: msgspec.DecodeError | None = None
 
     def connect(self) -> None:
@@ -53,10 +55,13 @@ class Link:
         assert fd >= 0
 
     def send(self, request: m.Request) -> bool:
-        assert isinstance(request, m.Snapshot)
-        if self.connected and self.takes:
-            self.sent.append(request)
-        return self.connected and self.takes
+        taken = self.connected and self.takes
+        if isinstance(request, m.Snapshot):
+            self.sent += [request] * taken
+        else:
+            assert request == m.Ping()
+            self.pings += taken
+        return taken
 
     def wait(self, timeout_s: float) -> list[m.Reply]:
         assert timeout_s >= 0
@@ -130,8 +135,30 @@ def pod(uid: str, watts: str | None = None, **more: str) -> Pod:
 def test_nothing_is_sent_before_the_first_list(subject: Subject) -> None:
     subject.link.connect()
     for _ in range(20):
-        assert subject.step(after_s=1.0) == []
-    assert subject.log.take() == []  # and the enforcer, which was asked nothing, is not blamed
+        assert subject.step(PONG, after_s=1.0) == []
+    assert subject.log.take() == []
+    assert subject.missing() == []  # the enforcer answers, and is not blamed
+    assert subject.publisher.link(subject.now).up
+    assert subject.link.pings == 10  # one for each heartbeat
+
+
+def test_an_enforcer_that_hangs_before_the_first_list_is_not_up(subject: Subject) -> None:
+    subject.link.connect()
+    for _ in range(10):
+        subject.step(after_s=1.0)
+    assert subject.missing() == ["enforcer: no answer"]
+    assert subject.log.take() == ["enforcer_silent"]
+    assert not subject.publisher.link(subject.now).up
+
+
+def test_between_the_first_snapshot_and_its_report_the_report_is_missing(subject: Subject) -> None:
+    subject.link.connect()
+    subject.step(PONG)
+    subject.offer()
+    (sent,) = subject.step()
+    assert subject.missing() == ["enforcer: no report yet"]
+    subject.step(subject.report(sent))
+    assert subject.missing() == []
 
 
 def test_the_first_snapshot_goes_out_at_once(subject: Subject) -> None:
@@ -247,10 +274,17 @@ def test_more_pods_than_fit_are_told_and_nothing_is_sent(subject: Subject) -> No
     many = [pod(str(k)) for k in range(m.MAX_PODS)]
     subject.offer(pod("a", "350"), *many)
     for _ in range(20):
-        assert subject.step(after_s=1.0) == []
+        assert subject.step(PONG, after_s=1.0) == []
     assert subject.log.take() == ["snapshot_impossible"]
     (missing,) = subject.missing()
     assert f"{m.MAX_PODS + 1} pods" in missing
+    assert subject.publisher.link(subject.now).up
+    for _ in range(8):  # it hangs
+        assert subject.step(after_s=1.0) == []
+    assert subject.missing() == [missing, "enforcer: no answer"]
+    assert not subject.publisher.link(subject.now).up
+    subject.step(PONG)
+    subject.log.take()
     subject.offer(pod("a", "350"))
     (sent,) = subject.step()
     assert (sent.pods, sent.revision) == (first.pods, first.revision + 1)
@@ -413,6 +447,44 @@ def test_a_report_to_an_older_revision_measures_nothing_newer(subject: Subject) 
     assert observed(subject)[0] == 0
     subject.step(subject.report(sent), after_s=1.0)
     assert observed(subject) == pytest.approx((1, 2.0))
+
+
+def test_pods_that_ask_nothing_are_not_measured(subject: Subject) -> None:
+    """A CronJob's pods come and go; each would be an observation of a millisecond."""
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "1"), pod("job"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(subject.report(sent), after_s=0.001)
+    assert observed(subject)[0] == 0
+
+
+def test_an_annotation_that_goes_is_measured(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(subject.report(sent), after_s=0.5)
+    assert observed(subject) == pytest.approx((1, 0.5))
+
+
+@pytest.mark.parametrize("nvml", ["absent", "failing"])
+def test_without_nvml_nothing_was_read_back_and_nothing_is_measured(
+    subject: Subject, nvml: m.NvmlState
+) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(subject.report(sent, nvml))
+    subject.step(subject.report(sent), after_s=60)
+    assert observed(subject)[0] == 0
+
+
+def test_what_another_watcher_was_there_for_is_not_measured_later(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(m.Error(code="stale", message="x"))
+    subject.step(subject.report(sent), after_s=600)
+    assert observed(subject)[0] == 0
 
 
 # ---------------------------------------------------------------------- what is logged
