@@ -45,7 +45,7 @@ class Watcher:
         self._stop, self._counts, self._mailbox = threading.Event(), metrics.Counts(), Mailbox()
         self._api = Api(settings.kubeconfig, in_kubernetes=settings.in_kubernetes)
         self._recorder = Recorder(self._api, settings.node, log) if settings.events else None
-        on_report = self._recorder.take if self._recorder else lambda _: None
+        on_report = self._recorder.take if self._recorder else lambda *_: None
         client, box = Client(settings.run_dir), self._mailbox
         self._publisher = Publisher(client, box, settings.node, self._counts, log, on_report)
         scope, reader = Scope(settings.node, settings.namespace), PodReader(settings.annotation)

@@ -1,12 +1,12 @@
 """Kubernetes Events on pods: tells a pod's author what became of the limit asked for.
 
-Only a help for people, so it gives way: a bounded queue, a bounded rate, and nothing waits for it.
+Only a help for people, so it gives way: for each pod the newest alone waits to be written, at a
+bounded rate, and nothing waits for it.
 """
 
-import queue
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 from urllib.parse import quote
@@ -19,7 +19,6 @@ from shared.units import format_watts
 from watcher.kube import ApiError
 
 RULE = '- {apiGroups: [""], resources: ["events"], verbs: ["create"]}'
-_QUEUE = 128
 _BURST = 25
 _PER_S = 1.0
 _TIMEOUT_S = 10.0
@@ -40,7 +39,10 @@ class Api(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One Event to be: which pod, and what there is to say."""
+    """One Event to be: which pod, and what there is to say.
+
+    `uid` is what `kubectl describe` looks for: of a static pod the kubelet's id of it.
+    """
 
     uid: str
     namespace: str
@@ -81,32 +83,44 @@ class Recorder:
     def __init__(self, api: Api, node: str, log: Log) -> None:
         """Prepare; nothing is written before `run`."""
         self._api, self._node, self._log = api, node, log
-        self._queue: queue.Queue[Note] = queue.Queue(_QUEUE)
+        self._waiting: dict[str, Note] = {}  # by pod, which keeps its place in the line
+        self._changed = threading.Condition()
         self._known: dict[str, messages.Pod] | None = None
         self._problem: str | None = None
 
-    def take(self, report: messages.Report) -> None:
-        """Note what `report` brings; the first one only shows what has been so all along."""
+    def take(self, report: messages.Report, asked: list[messages.DesiredPod]) -> None:
+        """Note what `report` brings of the pods that `asked`.
+
+        The first one only shows what has been so all along.
+        """
         pods = {pod.uid: pod for pod in report.pods}
-        if self._known is not None:
-            for note in notes(self._known, report.pods):
-                try:
-                    self._queue.put_nowait(note)
-                except queue.Full:
-                    break
+        static_ids = {pod.uid: pod.aliases[0] for pod in asked if pod.aliases}
+        fresh = [] if self._known is None else notes(self._known, report.pods)
         self._known = pods
+        with self._changed:
+            for note in fresh:
+                shown = replace(note, uid=static_ids.get(note.uid, note.uid))
+                self._waiting[note.uid] = shown
+            for gone in self._waiting.keys() - pods.keys():  # else they would add up
+                del self._waiting[gone]
+            self._changed.notify()
 
     def run(self, stop: threading.Event) -> None:
         """Write until stopped."""
         tokens, filled_at = float(_BURST), time.monotonic()
         while not stop.is_set():
-            note = self._queue.get()
+            note = self._next()
             now = time.monotonic()
             tokens, filled_at = min(_BURST, tokens + (now - filled_at) * _PER_S), now
             if tokens < 1:
                 stop.wait((1 - tokens) / _PER_S)
             tokens -= 1
             self._write(note)
+
+    def _next(self) -> Note:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            return self._waiting.pop(next(iter(self._waiting)))
 
     def _write(self, note: Note) -> None:
         path = f"/api/v1/namespaces/{quote(note.namespace, safe='')}/events"

@@ -89,10 +89,10 @@ class Publisher:
         node: str,
         counts: Counts,
         log: Log,
-        on_report: Callable[[messages.Report], None],
+        on_report: Callable[[messages.Report, list[messages.DesiredPod]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; nothing is sent before `run`."""
+        """Prepare; nothing is sent before `run`. `on_report` gets what was asked for too."""
         self._client, self._mailbox, self._node = client, mailbox, node
         self._counts, self._log, self._on_report = counts, log, on_report
         self._clock = clock
@@ -206,7 +206,7 @@ class Publisher:
                 self._reported_at, self._report = now, reply
                 self._accepted()
                 self._measure(reply, now)
-                self._on_report(reply)
+                self._on_report(reply, self._content.pods)
             case messages.Error(code="stale"):
                 self._pending.clear()  # the other watcher had them enforced, or nobody
                 self._refuse("stale", f"another watcher took over this node: {reply.message}")

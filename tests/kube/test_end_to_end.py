@@ -23,6 +23,7 @@ from tests.kube.conftest import MakeNode
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_rest import Object
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, MANIFEST, Pod
+from watcher.events import RULE
 
 pytestmark = pytest.mark.kube
 
@@ -124,20 +125,26 @@ def test_forced_deletion_holds_until_the_processes_end(node: KubeNode) -> None:
 
 
 def test_a_static_pod_is_known_by_its_mirror_and_no_other_is(node: KubeNode) -> None:
-    """The mirror as a kubelet makes it, owned by the Node; a thief has only the annotation."""
+    """A thief has only the annotation."""
     victim, mirror = secrets.token_hex(16), secrets.token_hex(16)
-    with node.cluster.rest_client() as rest:
-        uid = rest.json("GET", f"/api/v1/nodes/{node.name}")["metadata"]["uid"]
-    owner = {"kind": "Node", "name": node.name, "uid": uid, "controller": True}
-    wanted = {ANNOTATION: "350", CONFIG_HASH: mirror, "kubernetes.io/config.source": "file"}
     stolen = {ANNOTATION: "250", CONFIG_HASH: victim}
-    node.api.create_pod(f"static-{node.name}", node=node.name, annotations=wanted, owner=owner)
+    add_mirror(node, mirror)
     node.api.create_pod("thief", node=node.name, annotations=stolen)
     node.workers.of_pod(victim, [node.gpus[1]])
     node.workers.of_pod(mirror, [node.gpus[0]])
     node.wait_for_limit(0, 350)
     node.wait_for(lambda: len(node.status().pods) == 2, 5, "both pods")
     stays(node, lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
+
+
+def add_mirror(node: KubeNode, id_: str) -> None:
+    """The mirror of a static pod as a kubelet makes it, owned by the Node."""
+    with node.cluster.rest_client() as rest:
+        uid = rest.json("GET", f"/api/v1/nodes/{node.name}")["metadata"]["uid"]
+    owner = {"kind": "Node", "name": node.name, "uid": uid, "controller": True}
+    of_kubelet = {CONFIG_HASH: id_, "kubernetes.io/config.mirror": id_}
+    marks = {ANNOTATION: "350", "kubernetes.io/config.source": "file"} | of_kubelet
+    node.api.create_pod(f"static-{node.name}", node=node.name, annotations=marks, owner=owner)
 
 
 # ---------------------------------------------------------------------- the API server fails
@@ -422,6 +429,18 @@ def test_events_are_written_once_the_extra_rule_is_there(make_node: MakeNode) ->
     assert set(reasons(node, pod).values()) == {"Warning"}
     told = node.kubectl("describe", "pod", "trainer")
     assert re.search(r"Warning +InvalidPowerLimit .* power-agent +.*350W", told), told
+
+
+@pytest.mark.usefixtures("events_rule_removed")
+def test_events_of_a_static_pod_are_shown_by_describe(make_node: MakeNode) -> None:
+    node = make_node(settings={"POWER_AGENT_EVENTS": "true"})
+    grant_events(node, f"add to the watcher's rules: {RULE}")
+    id_ = secrets.token_hex(16)
+    add_mirror(node, id_)
+    node.workers.of_pod(id_, [node.gpus[0]])
+    node.wait_for_limit(0, 350)
+    told = "describe", "pod", f"static-{node.name}"
+    node.wait_for(lambda: "PowerLimitApplied" in node.kubectl(*told), 5, "the event")
 
 
 def grant_events(node: KubeNode, text: str) -> None:

@@ -614,6 +614,22 @@ def test_events_say_what_became_of_a_wish_only_when_it_changes(make: Make) -> No
     assert event["message"] == "GPU power limit 700 W holds on GPU-1, asked for 900 W: because"
 
 
+def test_an_event_of_a_static_pod_names_the_kubelets_id_of_it(make: Make) -> None:
+    node = make(POWER_AGENT_EVENTS="true")
+    assert node.enforcer
+    node.enforcer.answer = judged
+    id_ = "0123456789abcdef" * 2
+    marks = {"kubernetes.io/config.hash": id_}
+    node.pod("static", annotations=marks, owner={"kind": "Node", "name": NODE})
+    node.started()
+    node.wait_for()
+    wait_until(lambda: node.page("/readyz")[0] == 200, "the first report")
+    node.annotate("static", "350")
+    wait_until(node.api.events, "the event")
+    (event,) = node.api.events()
+    assert event["involvedObject"]["uid"] == id_
+
+
 def test_events_that_may_not_be_written_name_the_rule_and_delay_nothing(make: Make) -> None:
     node = make(api=KubeApi(tokens={"t": "agent"}), POWER_AGENT_EVENTS="true")
     node.api.write_kubeconfig(node.kubeconfig, token="t")

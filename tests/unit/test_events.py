@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -44,6 +45,10 @@ def report(*pods: m.Pod) -> m.Report:
         pods=list(pods),
         counters=m.Counters(),
     )
+
+
+def take(recorder: Recorder, *pods: m.Pod) -> None:
+    recorder.take(report(*pods), [])
 
 
 # ---------------------------------------------------------------------- what is worth one
@@ -135,19 +140,19 @@ def log() -> Lines:
 def recorder(kube: KubeApi, log: Lines, tmp_path: Path) -> Iterator[Recorder]:
     api = Api(str(kube.write_kubeconfig(tmp_path / "kubeconfig", "t")), in_kubernetes=False)
     made, stop = Recorder(api, "node-a", log), threading.Event()
-    made.take(report())
+    take(made)
     thread = threading.Thread(target=made.run, args=(stop,), daemon=True)
     thread.start()
     yield made
     stop.set()
-    made.take(report(pod("last", raw="to wake it")))
+    take(made, pod("last", raw="to wake it"))
     thread.join(2)
     assert not thread.is_alive()
     api.close()
 
 
 def test_an_event_is_as_the_api_takes_it(recorder: Recorder, kube: KubeApi, log: Lines) -> None:
-    recorder.take(report(pod("n" * 253)))
+    take(recorder, pod("n" * 253))
     until(kube.events, "an event")
     (event,) = kube.events("default")
     assert event["type"] == "Normal"
@@ -160,8 +165,8 @@ def test_an_event_is_as_the_api_takes_it(recorder: Recorder, kube: KubeApi, log:
 
 def test_what_stays_the_same_is_written_once(recorder: Recorder, kube: KubeApi) -> None:
     for _ in range(100):
-        recorder.take(report(pod()))
-    recorder.take(report(pod(), pod("other")))
+        take(recorder, pod())
+    take(recorder, pod(), pod("other"))
     until(lambda: len(kube.events()) >= 2, "two events")
     assert [e["involvedObject"]["name"] for e in kube.events()] == ["other", "trainer"]
 
@@ -170,9 +175,9 @@ def test_the_first_report_only_shows_what_has_been_so_all_along(kube: KubeApi, l
     """Or every restart of the agent would write an Event for each pod."""
 
     made = Recorder(Recording(), "node-a", log)
-    made.take(report(pod()))
-    made.take(report(pod()))
-    assert made._queue.empty()
+    take(made, pod())
+    take(made, pod())
+    assert made._waiting == {}
     assert kube.events() == []
 
 
@@ -183,54 +188,89 @@ def test_403_is_told_once_with_the_rule_whatever_the_namespace(
     kube.deny("watcher", "create", resource="events")
     for watts in range(1, 6):
         asked = {"raw": str(watts), "effective_mw": watts}
-        recorder.take(
-            report(pod("a", namespace="team-a", **asked), pod("b", namespace="team-b", **asked))
-        )
-    until(lambda: kube.count("create", resource="events") == 10, "tries")
-    until(recorder._queue.empty, "the end of the queue")
+        pods = [pod(name[-1], namespace=name, **asked) for name in ("team-a", "team-b")]
+        take(recorder, *pods)
+        tries = 2 * watts
+        until(lambda n=tries: kube.count("create", resource="events") == n, "tries")  # type: ignore[misc]
     assert len(log.lines) == 1
     assert events.RULE in log.lines[0]
     kube.allow_all()
-    recorder.take(report(pod("a", namespace="team-a", raw="7")))
+    take(recorder, pod("a", namespace="team-a", raw="7"))
     until(kube.events, "an event")
 
 
 def test_an_outage_is_told_once(recorder: Recorder, kube: KubeApi, log: Lines) -> None:
     kube.go_down()
     for watts in range(5):
-        recorder.take(report(pod(raw=str(watts))))
+        take(recorder, pod(raw=str(watts)))
+        until(lambda: not recorder._waiting, "a try")
     until(lambda: log.lines, "a line")
-    until(recorder._queue.empty, "the end of the queue")
     kube.come_back()
-    recorder.take(report(pod(raw="again")))
+    take(recorder, pod(raw="again"))
     until(kube.events, "an event")
     assert len(log.lines) == 1
 
 
-def test_a_flapping_pod_writes_a_burst_and_then_one_a_second(
+def test_many_changes_are_a_burst_and_then_one_event_a_second(
     recorder: Recorder, kube: KubeApi
 ) -> None:
     begun_s = time.monotonic()
-    for number in range(1000):
-        recorder.take(report(pod(raw=str(number))))
+    take(recorder, *[pod(f"p{number}") for number in range(100)])
     until(lambda: len(kube.events()) >= events._BURST, "the burst")
     until(lambda: len(kube.events()) >= events._BURST + 1, "one more")
     assert time.monotonic() - begun_s >= 0.9
     assert len(kube.events()) <= events._BURST + (time.monotonic() - begun_s) * events._PER_S + 1
-    assert recorder._queue.qsize() <= events._QUEUE
-    while not recorder._queue.empty():  # nobody waits for the rest of them here
-        recorder._queue.get_nowait()
+    take(recorder)  # nobody waits for the rest of them here
+
+
+def waiting(recorder: Recorder) -> list[tuple[str, str]]:
+    """Whose Events wait, in which order, and which."""
+    return [(note.name, note.reason) for note in recorder._waiting.values()]
+
+
+def test_of_a_flapping_pod_only_the_newest_waits_and_others_keep_their_place(log: Lines) -> None:
+    recorder = Recorder(Recording(), "node-a", log)
+    take(recorder, pod("a"), pod("b"))
+    for number in range(200):
+        take(recorder, pod("a", raw=str(number)), pod("b"))
+    broken = pod("b", state="failed", reason="NO_PERMISSION")
+    take(recorder, pod("a", raw="199"), broken)
+    take(recorder, pod("a", state="clamped"), broken)
+    assert waiting(recorder) == [("a", "PowerLimitClamped"), ("b", "PowerLimitFailed")]
+    assert recorder._next().name == "a"
+    take(recorder, pod("a"), broken)
+    assert waiting(recorder) == [("b", "PowerLimitFailed"), ("a", "PowerLimitApplied")]
+
+
+def test_an_event_of_a_pod_that_is_gone_waits_no_longer(log: Lines) -> None:
+    """Pods that come and go faster than Events may be written would add up."""
+    recorder = Recorder(Recording(), "node-a", log)
+    take(recorder)
+    take(recorder, pod("a"), pod("b"))
+    take(recorder, pod("b"))
+    assert waiting(recorder) == [("b", "PowerLimitApplied")]
+
+
+def test_an_event_of_a_static_pod_names_the_kubelets_id_of_it(log: Lines) -> None:
+    """Which is what `kubectl describe` asks for, since the kubelet's own Events carry it."""
+    recorder = Recorder(Recording(), "node-a", log)
+    known: dict[str, Any] = {"namespace": "default", "limit_mw": 350_000, "raw": "350"}
+    asked = [
+        m.DesiredPod(uid="uid-static", aliases=["f" * 32], name="static", **known),
+        m.DesiredPod(uid="uid-other", aliases=[], name="other", **known),
+    ]
+    take(recorder)
+    recorder.take(report(pod("static"), pod("other")), asked)
+    assert [note.uid for note in recorder._waiting.values()] == ["f" * 32, "uid-other"]
 
 
 def test_nothing_waits_for_an_api_that_hangs(recorder: Recorder, kube: KubeApi) -> None:
     kube.freeze()
     begun_s = time.monotonic()
     for number in range(1000):
-        recorder.take(report(pod(raw=str(number))))
+        take(recorder, pod(raw=str(number)))
     assert time.monotonic() - begun_s < 0.5
     kube.thaw()
-    while not recorder._queue.empty():
-        recorder._queue.get_nowait()
 
 
 def test_body_is_bounded_and_safe_whatever_the_annotation_says() -> None:

@@ -79,11 +79,14 @@ class Subject:
 
     def __init__(self) -> None:
         self.link, self.box, self.log, self.counts = Link(), Mailbox(), Lines(), Counts()
-        self.reports: list[m.Report] = []
+        self.reports: list[tuple[m.Report, list[m.DesiredPod]]] = []
         self.publisher = Publisher(
-            self.link, self.box, NODE, self.counts, self.log, self.reports.append
+            self.link, self.box, NODE, self.counts, self.log, self._on_report
         )
         self.now = time.monotonic()
+
+    def _on_report(self, report: m.Report, asked: list[m.DesiredPod]) -> None:
+        self.reports.append((report, asked))
 
     def step(self, *replies: m.Reply, after_s: float = 0.0) -> list[m.Snapshot]:
         """Let time go on, then turn once; return what was sent."""
@@ -407,9 +410,9 @@ def test_reports_older_than_a_few_seconds_are_not_shown_as_current(subject: Subj
     assert not subject.publisher.link(subject.now + SILENT_S + 0.1).current
 
 
-def test_every_report_is_handed_on(subject: Subject) -> None:
-    first = subject.settle()
-    assert [report.revision for report in subject.reports] == [first.revision]
+def test_every_report_is_handed_on_with_what_was_asked(subject: Subject) -> None:
+    first = subject.settle(pod("a", "350"))
+    assert subject.reports == [(subject.report(first), first.pods)]
 
 
 # ---------------------------------------------------------------------- latency
