@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,6 +97,28 @@ def test_sigterm_ends_it_within_a_second_in_every_state(
     state(node)
     assert node.stop() == 0
     assert node.errors == ""
+
+
+def test_sigterm_in_a_stream_of_events_is_no_error(node: WatcherNode) -> None:
+    node.pod("a", "1")
+    node.started()
+    end = threading.Event()
+
+    def change() -> None:
+        for watts in itertools.cycle(range(1, 9000)):
+            if end.is_set():
+                return
+            node.annotate("a", str(watts))
+
+    busy = threading.Thread(target=change)
+    busy.start()
+    wait_until(lambda: len(node.sent()) > 20, "a stream")
+    status = node.stop()
+    end.set()
+    busy.join()
+    assert (status, node.errors) == (0, "")
+    worse = [line["event"] for line in node.logs() if line["level"] != "info"]
+    assert set(worse) <= {"api_unverified"}
 
 
 # ---------------------------------------------------------------------- an enforcer that is silent
