@@ -5,7 +5,8 @@ Rules:
 2. One list per start and per 410. Whatever else ends a watch, it goes on where it was.
 3. A list is swapped in whole; a half-read one is never seen.
 4. What is held never goes back in time, and a failure never empties it.
-5. Only a watch that lasts is a success: whatever else comes again and again waits ever longer.
+5. Only a watch that lasts is a success: whatever else comes again and again waits ever longer,
+   or a second at most where it brings something each time.
 """
 
 import random
@@ -136,6 +137,10 @@ class Backoff:
     def succeed(self) -> None:
         """Begin anew."""
         self.failures, self._excused = 0, False
+
+    def progress(self) -> None:
+        """Wait a second at most after a watch that did not last but brought something."""
+        self.failures = min(self.failures, 2)
 
     def fail(self, error: ApiError) -> float:
         """Return the seconds to wait after one more failure.
@@ -295,6 +300,7 @@ class Reflector:
         if state.steady:
             self._backoff.succeed()
         else:
+            self._backoff.progress()
             self._stop.wait(self._backoff.end())
         return Resuming(state.version)
 
@@ -330,6 +336,8 @@ class Reflector:
             return state
         if isinstance(state, Watching) and state.steady:
             self._backoff.succeed()
+        elif isinstance(state, Watching) and state.fruitful:
+            self._backoff.progress()
         following = after_failure(state, error)
         expired = isinstance(following, Listing) and not isinstance(state, Listing)
         self._counts.watch_restarts["expired" if expired else "failed"] += 1
