@@ -160,11 +160,11 @@ class Publisher:
         self.too_much = None
         self._revision = candidate.revision
         before, self._content, self._snapshot = self._content, content, candidate
+        self._send(now)
         changed, gone = snapshot.changed(before, content), snapshot.gone(before, content)
         asks = bool(changed or gone)  # pods without the annotation come and go all the time
         if asks and arrived_at is not None and len(self._pending) < _PENDING:
             self._pending.append((self._revision, arrived_at))
-        self._send(now)
         self._tell(changed, gone, pods)
 
     def _make(self, content: snapshot.Content) -> messages.Snapshot:
@@ -182,7 +182,7 @@ class Publisher:
         return made
 
     def _suspend(self, problem: str) -> None:
-        """Send nothing any more: what is wanted cannot be said, and what was said is outdated."""
+        """Only ping from now on: what is wanted cannot be said, and what was said is outdated."""
         if self.too_much is None:
             self._log.error("snapshot_impossible", message=problem)
         self.too_much = problem

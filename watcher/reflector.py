@@ -371,10 +371,11 @@ class Reflector:
             self._log.warning("kubernetes_failing", doing=doing, message=text)
 
     def _recovered(self) -> None:
-        if self._troubled_since is not None:
-            outage_s = round(time.monotonic() - self._troubled_since, 3)
+        since, self._troubled_since = self._troubled_since, None
+        self.problem = self._trouble = None
+        if since is not None:
+            outage_s = round(time.monotonic() - since, 3)
             self._log.info("kubernetes_answers", outage_s=outage_s)
-        self.problem = self._troubled_since = self._trouble = None
 
 
 def _watch_error(failure: metadata.Failure) -> ApiError:
