@@ -336,7 +336,7 @@ class Reflector:
             return state
         if isinstance(state, Watching) and state.steady:
             self._backoff.succeed()
-        elif isinstance(state, Watching) and state.fruitful:
+        elif isinstance(state, Watching) and state.fruitful and not is_expiry(error):
             self._backoff.progress()
         following = after_failure(state, error)
         expired = isinstance(following, Listing) and not isinstance(state, Listing)
