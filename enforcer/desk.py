@@ -14,6 +14,7 @@ from shared.settings import EnforcerSettings
 from shared.transport import Incoming, Server
 
 _LIVING_S = 10.0  # a watcher repeats its snapshot every two seconds; silent beyond this
+_MISSED_S = 5.0  # two heartbeats and a turn
 _RETIRED = 64  # sessions remembered as replaced
 
 
@@ -68,8 +69,9 @@ class Desk:
     def _take(self, new: m.Snapshot) -> None:
         last = self.snapshot
         if new.session in self._retired:
-            # Before a lease gives everything back, the newer one being gone.
-            if time.monotonic() - self._heard_s <= min(_LIVING_S, (self._lease_s or 1e9) / 2):
+            # Where the newer one is gone, before a lease gives everything back.
+            gone_s = min(_LIVING_S, max(_MISSED_S, (self._lease_s or 1e9) / 2))
+            if time.monotonic() - self._heard_s <= gone_s:
                 raise m.RefusedError("stale", f"session {new.session} was replaced by a newer one")
             self._retired.remove(new.session)  # the newer one is gone
         if last and last.session == new.session and new.revision < last.revision:

@@ -43,6 +43,7 @@ class Card:
     failed: Decision | None = None  # what could not be done last, and why
     logged: str = _UNDECIDED.state
     retry: Retry = field(default_factory=Retry)
+    lost: Retry = field(default_factory=Retry)
     wrote_s: float = -WRITE_GAP_S
     drifted_to_mw: int | None = None
 
@@ -99,24 +100,21 @@ class Gpus:
         if now < self._retry.due_s and (self.nvml.is_open or self._refused or not needed):
             return self.nvml.is_open
         self._retry.failed()
-        found: list[tuple[Handle, m.Gpu]] = []
-        faults: list[NvmlError] = []
         try:
             found, faults = self.nvml.open()
         except NvmlError as error:
             self.nvml.close()
-            self._say("absent" if error.absent else "failing", str(error))
-        else:
-            usable = not faults or any(seen.max_mw for _, seen in found)
-            self._say("ok" if usable else "failing", "; ".join(map(str, faults)) or "ok")
+            found, faults = [], [error]
         self._refused = not self.nvml.is_open
         for handle, seen in found:
             self._found(handle, seen)
+        usable = not faults or any(seen.max_mw for _, seen in found)
+        state: m.NvmlState = "ok" if usable else "absent" if faults[0].absent else "failing"
+        self._say(state, "; ".join(map(str, faults)) or "ok")
         present = {seen.uuid for _, seen in found}
         for uuid in self.cards.keys() - present:
             self.lose(self.cards[uuid], "not among the GPUs that NVML lists")
-        self.incomplete = self._refused or len(present) < len(self.cards)
-        self.incomplete |= not all(fault.lacking for fault in faults)  # a board stays as it is
+        self.incomplete = bool(faults) or len(present) < len(self.cards)
         self.read(now)
         return self.nvml.is_open
 
@@ -154,6 +152,9 @@ class Gpus:
 
     def lose(self, card: Card, why: str) -> None:
         """Note that a GPU does not answer."""
+        if card.handle is not None and time.monotonic() >= card.lost.due_s:
+            card.lost.failed()
+            self._retry.due_s = 0.0  # for this one at once, however long another one is missing
         gpu, card.handle, self.incomplete = card.gpu, None, True
         gpu.index = gpu.limit_mw = gpu.enforced_mw = gpu.power_mw = None
         gpu.processes = []

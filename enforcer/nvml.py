@@ -55,9 +55,9 @@ class Nvml:
     driver_version: str | None = None
 
     def open(self) -> tuple[list[tuple[Handle, Gpu]], list[NvmlError]]:
-        """Initialise NVML anew; return the GPUs and what went wrong.
+        """Initialise NVML anew; return the GPUs, and what went wrong that may not do so again.
 
-        A GPU that does not tell its limits is among them without any.
+        A GPU that does not tell its limits is among them without any; some boards have none.
         """
         self.close()
         _call(pynvml.nvmlInit)
@@ -75,7 +75,8 @@ class Nvml:
                 gpu.min_mw, gpu.max_mw = bounds
             except NvmlError as error:
                 error.args = (f"GPU {index}: {error}",)
-                faults.append(error)
+                if not error.lacking:
+                    faults.append(error)
         return found, faults
 
     def close(self) -> None:

@@ -140,7 +140,7 @@ class _Case:
         mine = self.owned.pods if self.owned else frozenset()
         ghosts = (uids & self._ids()) - wanted - others  # deleted by force, or an API in error
         if asking := uids & wanted:
-            return self._grant(asking, ghosts) if self.gpu.max_mw else self._lacking()
+            return self._grant(asking, ghosts)
         if ghosts:
             return self._hold(_still_runs(ghosts))
         if occupied and not uids & mine & others:
@@ -155,8 +155,9 @@ class _Case:
     def _grant(self, asking: frozenset[str], ghosts: frozenset[str]) -> Decision:
         """Decide on the limit for the annotated pods `asking`; `ghosts` hold what they had."""
         low, high = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
-        if low > high:
-            why = f"the bounds leave nothing: at least {w(low)} W, at most {w(high)} W"
+        if low > high or not self.gpu.max_mw:
+            what = f"the bounds leave nothing: at least {w(low)} W, at most {w(high)} W"
+            why = what if self.gpu.max_mw else "it takes no power limit, or does not tell which"
             return replace(self._hold(why), state="failed")
         asked = [mw for uid in asking if (mw := self.desired.pods[uid]) is not None]
         limits = {max(low, min(high, mw)) for mw in asked}
@@ -181,11 +182,6 @@ class _Case:
                 return self._hold(_still_runs(ghosts))
             target, why = self.owned.set_mw, _still_runs(ghosts)
         return self._keep(max(low, min(high, target)), asking | ghosts, why)
-
-    def _lacking(self) -> Decision:
-        return replace(
-            self._hold("it takes no power limit, or does not tell which"), state="failed"
-        )
 
     def _ids(self) -> frozenset[str]:
         return self.owned.pods | self.owned.aliases if self.owned else frozenset()
@@ -238,7 +234,7 @@ class _Case:
         held = self.owned and self.owned.pods
         has_mw = self.owned.set_mw if self.owned and held else self.gpu.limit_mw
         raised = has_mw is None or (decision.target_mw or 0) > has_mw
-        return decision.action == "release" or (decision.action in ("acquire", "adjust") and raised)
+        return decision.action == "release" or (decision.action not in (None, "note") and raised)
 
 
 def _names(uids: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ _ENDED = (FileNotFoundError, ProcessLookupError)  # ENOENT on opening, ESRCH on 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 _PF_EXITING = 0x4  # linux/sched.h
+_THREADS = 64  # of a process whose first one exits
 _USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
 _SHOWN_BYTES = 300
 
@@ -44,14 +45,18 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
     """Return what a thread shows that does not exit; raises ProcessLookupError without any.
 
     In a version 1 hierarchy a task that exits shows `/` (kernel/cgroup/cgroup.c,
-    proc_cgroup_show), and a process may outlive its first thread.
+    proc_cgroup_show), and a process may outlive its first thread. Returns what no kernel writes
+    where a living one is not found among the first.
     """
-    for thread in os.listdir(f"{directory}/task"):  # noqa: PTH208 - names are all it takes
+    threads = os.listdir(f"{directory}/task")  # noqa: PTH208 - names are all it takes
+    for thread in threads[:_THREADS]:
         task = f"{directory}/task/{thread}"
         with contextlib.suppress(*_ENDED):
             text = _read(f"{task}/cgroup")
             if not _stat(task)[1]:
                 return text
+    if len(threads) > _THREADS:
+        return b""
     raise ProcessLookupError
 
 
@@ -77,8 +82,9 @@ class ProcessReader:
             before, _ = _stat(directory)
             text = _read(f"{directory}/cgroup")
             after, exits = _stat(directory)
-            if exits:
+            if exits and cgroups.pod_of(text, self.roots) is Stranger.OTHER:
                 text = _cgroup_of_a_living_thread(directory)
+                after, _ = _stat(directory)
         except _ENDED:
             return None, "ended"
         except (OSError, ValueError, IndexError) as error:

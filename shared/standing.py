@@ -56,8 +56,8 @@ def _settled(asked_mw: int, mine: list[m.Gpu], clamp: Clamp) -> tuple[m.PodState
     """Return how a pod stands whose GPUs all have what they are to have."""
     others = [gpu for gpu in mine if gpu.target_mw != clamp(asked_mw, gpu)]
     if others:
-        lowest = min(others, key=lambda gpu: gpu.target_mw or 0)
-        return "failed" if lowest.state == "held" else "conflict", _of(lowest)
+        worst = min(others, key=lambda gpu: (gpu.state != "held", gpu.target_mw or 0))
+        return "failed" if worst.state == "held" else "conflict", _of(worst)
     for gpu in mine:
         if gpu.target_mw != asked_mw:
             return "clamped", f"asked {w(asked_mw)} W; {_of(gpu)}"

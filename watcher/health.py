@@ -81,7 +81,7 @@ class Server(socketserver.ThreadingTCPServer):
         """
         held = Counter(peer for _, peer in self._open.values())
         ((greediest, most),) = held.most_common(1)
-        if held[newcomer] < most:
+        if held[newcomer] + 1 < most:
             return next(c for c, (_, peer) in self._open.items() if peer == greediest)
         oldest, (since, _) = next(iter(self._open.items()))
         return oldest if now - since >= _OLD_S else None

@@ -212,6 +212,8 @@ class Publisher:
                 self._refuse("stale", f"another watcher took over this node: {reply.message}")
             case messages.Error():
                 self._refuse(reply.code, f"the enforcer refuses ({reply.code}): {reply.message}")
+            case messages.Pong() if self._snapshot is None:
+                self._accepted()  # nothing is sent that could be refused
             case _:
                 pass  # an answer to nothing that was asked here
 

@@ -295,9 +295,9 @@ class Reflector:
         if not (state.steady or state.fruitful):
             raise ApiError("the watch was closed as soon as it was open")
         self._hang_up()
-        self._recovered()
         self._counts.watch_restarts["closed"] += 1
         if state.steady:
+            self._recovered()
             self._backoff.succeed()
         else:
             self._backoff.progress()

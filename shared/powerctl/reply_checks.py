@@ -33,18 +33,9 @@ def nvml(enforcer: messages.EnforcerStatus) -> Check:
     if enforcer.nvml == "absent":
         remedy = "install the driver and give the enforcer libnvidia-ml.so.1 and /dev/nvidiactl"
         return fail(name, seen, remedy + " (runtimeClassName: nvidia, or a driver mount)")
-    # One fault for each GPU that cannot be used, or one for all.
-    faults = re.split(r"; (?=GPU )", enforcer.nvml_message)
-    limitless = ["NOT_SUPPORTED" in fault for fault in faults]
-    remedies = []
-    if not all(limitless):
-        remedies.append("nvidia-smi and dmesg (Xid) on the node")
-    if any("VERSION_MISMATCH" in fault for fault in faults):
-        remedies = ["the driver was upgraded: restart the enforcer's container"]
-    if any(limitless):
-        why = "NOT_SUPPORTED: this board takes no power limit"
-        remedies.append(f"{why}, keep annotated pods off it")
-    return (warn if all(limitless) else fail)(name, seen, "; ".join(remedies))
+    if "VERSION_MISMATCH" in enforcer.nvml_message:
+        return fail(name, seen, "the driver was upgraded: restart the enforcer's container")
+    return fail(name, seen, "nvidia-smi and dmesg (Xid) on the node")
 
 
 def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:

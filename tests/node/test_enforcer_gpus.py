@@ -180,3 +180,55 @@ def test_i11_a_waiting_pod_does_not_cost_another_its_gpu() -> None:
         node.looks()
         gpu = node.gpu()
         assert node.limit() == 250, (gpu.state, gpu.reason)
+
+
+@pytest.mark.timeout(60)
+def test_i11_a_gpu_that_is_gone_for_good_does_not_keep_another_from_coming_back() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A, 0)
+        node.snapshot({A: 300})
+        node.gpus[1].vanish()
+        node.wait_state("lost", 1)
+        count = len(node.gpus.inits())
+        wait_until(lambda: len(node.gpus.inits()) >= count + 6, "the next search is far away", 20)
+        node.gpus[0].fault(LISTS, error=GPU_IS_LOST, count=1)
+        node.wait_state("lost", 0)
+        node.snapshot({A: 250})
+        node.wait_limit(250, 0, 3)
+
+
+def resting_on_a_board_that_does_not_tell(node: EnforcerNode) -> None:
+    """A GPU owned since before the start, whose worker restarts."""
+    node.start()
+    pid = node.run_pod(A, 0)
+    node.snapshot({A: 300})
+    node.kill()
+    node.end(pid)
+    node.gpus[0].fault("nvmlDeviceGetPowerManagementLimitConstraints", error=UNKNOWN)
+    node.start()
+
+
+def test_i3_a_resting_gpu_that_does_not_tell_its_bounds_is_not_written() -> None:
+    with EnforcerNode() as node:
+        resting_on_a_board_that_does_not_tell(node)
+        before = node.writes()
+        node.snapshot({A: 300})
+        node.looks(3)
+        assert node.writes() == before
+        assert node.gpu().target_mw == 300_000
+
+
+def test_i2_a_resting_gpu_that_does_not_tell_its_bounds_costs_no_ledger() -> None:
+    with EnforcerNode() as node:
+        resting_on_a_board_that_does_not_tell(node)
+        node.snapshot({A: 300})
+        node.run_pod(B, 1)
+        node.snapshot({A: 300, B: 300})
+        node.wait_limit(300, 1)
+        node.kill()
+        node.gpus[0].clear_faults()
+        node.start()
+        assert node.logs("ledger") == []
+        assert node.stop() == 0
+        assert (node.limit(0), node.limit(1)) == (700, 700)

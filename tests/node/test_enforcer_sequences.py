@@ -158,7 +158,7 @@ def test_i10_questions_about_a_held_gpu_are_no_log_lines() -> None:
 
 
 def test_a_living_watcher_is_not_refused_until_the_lease_has_given_everything_back() -> None:
-    with EnforcerNode(lease="release:5") as node:
+    with EnforcerNode(lease="release:8") as node:
         node.start()
         node.run_pod(A)
         node.snapshot({A: 300})
@@ -166,7 +166,7 @@ def test_a_living_watcher_is_not_refused_until_the_lease_has_given_everything_ba
         node.session = "f" * 32
         node.snapshot({A: 300})  # a second watcher starts, and dies
         node.session = old
-        until = time.monotonic() + 8
+        until = time.monotonic() + 10
         while time.monotonic() < until:  # the first lives and repeats itself
             node.revision += 1
             node.send(node.message({A: 300}))
@@ -200,3 +200,18 @@ def test_dry_run_with_an_owned_entry_promises_no_write() -> None:
         node.looks()
         pod = node.pod(A)
         assert "about to be written" not in pod.reason, (pod.state, pod.reason)
+
+
+def test_a_short_lease_does_not_let_a_replaced_watcher_take_over_between_two_heartbeats() -> None:
+    with EnforcerNode(lease="release:3") as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        old = node.message({A: 300})
+        node.session, node.revision = "f" * 32, 0
+        node.snapshot({A: 500})
+        node.lives_for(1.6)  # and the newer one beats every two seconds
+        refused = node.send(old)
+        assert isinstance(refused, m.Error)
+        assert refused.code == "stale"
+        assert node.limit() == 500

@@ -522,6 +522,21 @@ def test_a_full_house_of_one_address_still_lets_its_oldest_have_its_time(
         assert not _answers(server)
 
 
+def test_a_full_house_of_many_addresses_lets_its_oldest_have_its_time(
+    server: health.Server,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        house = [
+            stack.enter_context(
+                socket.create_connection(("127.0.0.1", server.port), 5, (f"127.0.0.{number}", 0))
+            )
+            for number in range(1, 10)  # one more than there is room for
+        ]
+        assert house[-1].recv(1) == b""
+        house[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert house[0].recv(12).endswith(b"200")
+
+
 def test_an_address_that_is_taken_is_a_wrong_setting(server: health.Server) -> None:
     with pytest.raises(SettingsError, match=r"POWER_AGENT_METRICS_ADDR='127.*in use.*or off"):
         health.Server(Address("127.0.0.1", server.port), {})

@@ -22,8 +22,8 @@ USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
 PROC = Path("/proc")
 
 
-def stat_text(started_ticks: int, name: str = "a) b (c") -> str:
-    before = " ".join(["S", *["0"] * 18])
+def stat_text(started_ticks: int, name: str = "a) b (c", flags: int = 0) -> str:
+    before = " ".join(["S", *["0"] * 5, str(flags), *["0"] * 12])
     return f"42 ({name}) {before} {started_ticks} 0 0\n"
 
 
@@ -60,6 +60,54 @@ def test_evidence_is_bounded_and_text_whatever_the_bytes(tmp_path: Path) -> None
     assert owner is Stranger.OTHER
     assert len(evidence) <= 400
     evidence.encode()
+
+
+EXITING, ROOT_LINE = 0x4, "9:freezer:/\n"
+
+
+def exiting(folder: Path, cgroup: str = ROOT_LINE, started_ticks: int = 1000) -> Path:
+    """A task that exits, as a version 1 hierarchy shows it."""
+    folder.mkdir(parents=True)
+    (folder / "cgroup").write_text(cgroup)
+    (folder / "stat").write_text(stat_text(started_ticks, flags=EXITING))
+    return folder
+
+
+def test_a_process_that_exits_is_whose_its_living_threads_are(tmp_path: Path) -> None:
+    process = exiting(tmp_path / "42")
+    exiting(process / "task/42")
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] is None
+    proc_entry(process / "task", 43)
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] == UID
+
+
+def test_a_process_that_exits_and_shows_its_pod_is_the_pods(tmp_path: Path) -> None:
+    """So it is with cgroup version 2: its threads need not be asked."""
+    exiting(tmp_path / "42", POD_LINE)
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] == UID
+
+
+def test_of_a_process_that_exits_with_many_threads_few_are_asked(tmp_path: Path) -> None:
+    """They may all be made to stay: asking each would cost every other GPU its time."""
+    process = exiting(tmp_path / "42")
+    for thread in range(65):
+        (process / "task" / str(thread)).mkdir(parents=True)
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] is Stranger.UNKNOWN
+
+
+def test_a_number_reused_before_the_threads_are_asked_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, listed = exiting(tmp_path / "42"), os.listdir
+    (process / "task").mkdir()
+    proc_entry(process / "task", 42)
+
+    def reused(path: str) -> list[str]:
+        (process / "stat").write_text(stat_text(900))
+        return [name for name in listed(path) if name == "42"]
+
+    monkeypatch.setattr(os, "listdir", reused)
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] is None
 
 
 def test_a_vanished_pid_is_a_normal_result(tmp_path: Path) -> None:

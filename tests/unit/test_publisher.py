@@ -569,3 +569,13 @@ def test_run_ends_when_told(subject: Subject) -> None:
     stop = threading.Event()
     stop.set()
     subject.publisher.run(stop)
+
+
+def test_a_refusal_is_over_when_nothing_is_sent_that_could_be_refused() -> None:
+    subject = Subject()
+    subject.settle(pod("a", "300"))
+    subject.step(m.Error(code="malformed", message="x"))
+    subject.offer(*(pod(f"p{n}") for n in range(m.MAX_PODS + 1)))
+    subject.step()
+    subject.step(PONG, after_s=2.0)
+    assert [line for line in subject.missing() if "enforcer" in line] == []

@@ -821,3 +821,9 @@ def _check_offers(offers: list[Wishes]) -> None:
     for name in (f"lasting-{k}" for k in range(3)):
         values = [int(str(offer.get(name))) for offer in offers]  # never absent
         assert values == sorted(values)
+
+
+def test_short_watches_between_failures_are_no_recovery() -> None:
+    api = EndlessApi(lambda number: [bookmark(10)] if number % 2 else [error_event(500)])
+    subject, _ = run_endless(api)
+    assert [event for _, event, _ in subject.log.lines] == ["kubernetes_failing"]
