@@ -69,13 +69,13 @@ class Nvml:
                 handle = _call(pynvml.nvmlDeviceGetHandleByIndex, index)
                 gpu = Gpu(index=index, uuid=_call(pynvml.nvmlDeviceGetUUID, handle))
                 found.append((handle, gpu))
-                gpu.name = _call(pynvml.nvmlDeviceGetName, handle)
                 bounds = _call(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
                 gpu.default_mw = _call(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
                 gpu.min_mw, gpu.max_mw = bounds
+                gpu.name = _call(pynvml.nvmlDeviceGetName, handle)
             except NvmlError as error:
                 error.args = (f"GPU {index}: {error}",)
-                if not error.lacking:
+                if not (error.lacking and found and found[-1][1].index == index):
                     faults.append(error)
         return found, faults
 

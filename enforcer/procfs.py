@@ -53,7 +53,8 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
         task = f"{directory}/task/{thread}"
         with contextlib.suppress(*_ENDED):
             text = _read(f"{task}/cgroup")
-            if not _stat(task)[1]:
+            started, exits = _stat(task)
+            if started is not None and not exits:
                 return text
     if len(threads) > _THREADS:
         return b""

@@ -77,6 +77,9 @@ def test_a_process_that_exits_is_whose_its_living_threads_are(tmp_path: Path) ->
     process = exiting(tmp_path / "42")
     exiting(process / "task/42")
     assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] is None
+    reaped = exiting(process / "task/41")  # between the reads of its cgroup and of its stat
+    (reaped / "stat").unlink()
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] is None
     proc_entry(process / "task", 43)
     assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] == UID
 
