@@ -146,7 +146,7 @@ def test_a_board_that_no_longer_tells_its_limits_is_given_back_as_found(release_
         node.end(pid)
         node.snapshot({})
         node.wait_limit(650)
-        assert node.owned() == {}
+        wait_until(lambda: node.owned() == {}, "its entry goes when the limit was read back")
 
 
 def test_i2_an_odd_original_does_not_cost_the_ledger() -> None:
