@@ -231,8 +231,8 @@ class _Case:
 
     def _gives_power(self, decision: Decision) -> bool:
         # Without pods it is being given back, which may not have reached the hardware.
-        held = self.owned and self.owned.pods
-        has_mw = self.owned.set_mw if self.owned and held else self.gpu.limit_mw
+        kept = self.owned if self.owned and self.owned.pods else None
+        has_mw = kept.set_mw if kept else self.gpu.limit_mw
         raised = has_mw is None or (decision.target_mw or 0) > has_mw
         return decision.action == "release" or (decision.action not in (None, "note") and raised)
 

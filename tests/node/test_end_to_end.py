@@ -29,7 +29,6 @@ from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
 from tests.simnode.programs import children_of, descriptors_of
 from tests.simnode.reachable import as_user, base_folder
-from tests.unit.test_metrics import Family, parse
 
 FOUND = 700  # an H100's factory default, in watts
 
@@ -82,13 +81,15 @@ def test_a_pods_limit_holds_on_each_of_its_gpus(node: SimNode) -> None:
 def test_the_metrics_show_on_each_gpu_of_a_pod_what_holds_there(node: SimNode) -> None:
     node.add_pod("first", limit=400, gpus=[0, 1])
     node.add_pod("second", limit=300, gpus=[1])
-    expected = {("first", "0"): 400, ("first", "1"): 300, ("second", "1"): 300}
+    name = "power_agent_pod_effective_limit_watts"
+    expected = {
+        f'{name}{{namespace="default",pod="{pod}",gpu="{gpu}",UUID="{node.gpus[gpu].uuid}"}}': watts
+        for pod, gpu, watts in (("first", 0, 400), ("first", 1, 300), ("second", 1, 300))
+    }
 
-    def shown() -> dict[tuple[str, str], float]:
-        text = page(node, "/metrics")[1]
-        family = parse(text).get("power_agent_pod_effective_limit_watts", Family(""))
-        found = [(dict(labels), watts) for (_, labels), watts in family.samples.items()]
-        return {(labels["pod"], labels["gpu"]): watts for labels, watts in found}
+    def shown() -> dict[str, float]:
+        _, samples = parse_metrics(page(node, "/metrics")[1])
+        return {key: watts for key, watts in samples.items() if key.startswith(name)}
 
     node.wait_for(lambda: shown() == expected, 5, "the limits of both GPUs")
 

@@ -3,8 +3,7 @@
 proc_cgroup_show (kernel/cgroup/cgroup.c): "On traditional hierarchies, all zombie tasks show up as
 belonging to the root cgroup": PF_EXITING is enough. That holds from the beginning of do_exit(),
 while the driver still tears down the context and lists the pid, and for as long as a process lives
-whose first thread has ended. Taken at its word it is
-`other`, evidence to give its GPU back.
+whose first thread has ended. Taken at its word it is `other`: evidence to give its GPU back.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from shared import messages as m
 from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
 
-A, B, C = pod_uid(1), pod_uid(2), pod_uid(3)
+A, B = pod_uid(1), pod_uid(2)
 UNKNOWN = 999
 SET = "nvmlDeviceSetPowerManagementLimit"
 LISTS = "nvmlDeviceGetComputeRunningProcesses"
@@ -171,7 +171,7 @@ def test_a_living_watcher_is_not_refused_until_the_lease_has_given_everything_ba
             node.revision += 1
             node.send(node.message({A: 300}))
             assert node.limit() == 300, "given back though a watcher with the same wish lives"
-            time.sleep(0.5)
+            node.lives_for(0.5)
 
 
 def test_i12_a_pod_on_a_gpu_with_many_processes_is_not_waiting() -> None:
@@ -200,6 +200,8 @@ def test_dry_run_with_an_owned_entry_promises_no_write() -> None:
         node.looks()
         pod = node.pod(A)
         assert "about to be written" not in pod.reason, (pod.state, pod.reason)
+        assert pod.state == "waiting"
+        assert "dry run, nothing is written" in pod.reason
 
 
 def test_a_short_lease_does_not_let_a_replaced_watcher_take_over_between_two_heartbeats() -> None:

@@ -15,8 +15,6 @@ from enforcer.policy import (
     Stranger,
     plan,
 )
-from shared import messages as m
-from shared import standing
 from shared.settings import EnforcerSettings, SafeDefault, parse_settings
 
 A, B, C = "pod-a", "pod-b", "pod-c"
@@ -523,6 +521,20 @@ def test_static_pod_gone_but_its_processes_run_holds() -> None:
     assert after.target_mw == 300_000
 
 
+@pytest.mark.parametrize("asked", [300_000, 400_000, None])
+def test_i3_a_board_that_does_not_tell_its_bounds_is_held(asked: int | None) -> None:
+    for gpu in (seen(A, limit_mw=300_000, min_mw=0, max_mw=0, default_mw=0),
+                seen(limit_mw=300_000, min_mw=0, max_mw=0, default_mw=0)):  # fmt: skip
+        decision = decide(living({A: asked}), gpu, owned(300_000, A))
+        assert (decision.target_mw, decision.action) == (300_000, None)
+
+
+def test_i4_what_a_release_has_not_given_is_not_given_in_silence() -> None:
+    gpu = seen(A, limit_mw=200_000)
+    for asked in (690_000, 700_000):
+        assert decide(silent(living({A: asked})), gpu, owned(700_000)).action is None
+
+
 # ---- what comes out ----
 
 
@@ -541,27 +553,3 @@ def test_every_reason_is_plain_words() -> None:
                 assert " " in reason
                 assert "{" not in reason
                 assert "None" not in reason
-
-
-@pytest.mark.parametrize("asked", [300_000, 400_000, None])
-def test_i3_a_board_that_does_not_tell_its_bounds_is_held(asked: int | None) -> None:
-    for gpu in (seen(A, limit_mw=300_000, min_mw=0, max_mw=0, default_mw=0),
-                seen(limit_mw=300_000, min_mw=0, max_mw=0, default_mw=0)):  # fmt: skip
-        decision = decide(living({A: asked}), gpu, owned(300_000, A))
-        assert (decision.target_mw, decision.action) == (300_000, None)
-
-
-def test_i4_what_a_release_has_not_given_is_not_given_in_silence() -> None:
-    gpu = seen(A, limit_mw=200_000)
-    for asked in (690_000, 700_000):
-        assert decide(silent(living({A: asked})), gpu, owned(700_000)).action is None
-
-
-def test_a_pod_held_above_its_limit_is_failed_whatever_it_has_elsewhere() -> None:
-    asks = m.DesiredPod(uid=A, aliases=[], namespace="n", name="a", limit_mw=400_000, raw="400")
-    gpus = [
-        m.Gpu(index=0, uuid="0", limit_mw=300_000, target_mw=300_000, state="managed", pods=[A, B]),
-        m.Gpu(index=1, uuid="1", limit_mw=500_000, target_mw=500_000, state="held", pods=[A]),
-    ]
-    (pod,) = standing.pods([asks], gpus, lambda limit_mw, _: limit_mw)
-    assert pod.state == "failed"

@@ -410,6 +410,17 @@ def test_reports_older_than_a_few_seconds_are_not_shown_as_current(subject: Subj
     assert not subject.publisher.link(subject.now + SILENT_S + 0.1).current
 
 
+def test_a_refusal_is_over_when_nothing_is_sent_that_could_be_refused(
+    subject: Subject,
+) -> None:
+    subject.settle(pod("a", "300"))
+    subject.step(m.Error(code="malformed", message="x"))
+    subject.offer(*(pod(f"p{n}") for n in range(m.MAX_PODS + 1)))
+    subject.step()
+    subject.step(PONG, after_s=2.0)
+    assert [line for line in subject.missing() if "enforcer" in line] == []
+
+
 def test_every_report_is_handed_on_with_what_was_asked(subject: Subject) -> None:
     first = subject.settle(pod("a", "350"))
     assert subject.reports == [(subject.report(first), first.pods)]
@@ -569,13 +580,3 @@ def test_run_ends_when_told(subject: Subject) -> None:
     stop = threading.Event()
     stop.set()
     subject.publisher.run(stop)
-
-
-def test_a_refusal_is_over_when_nothing_is_sent_that_could_be_refused() -> None:
-    subject = Subject()
-    subject.settle(pod("a", "300"))
-    subject.step(m.Error(code="malformed", message="x"))
-    subject.offer(*(pod(f"p{n}") for n in range(m.MAX_PODS + 1)))
-    subject.step()
-    subject.step(PONG, after_s=2.0)
-    assert [line for line in subject.missing() if "enforcer" in line] == []

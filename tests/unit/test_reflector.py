@@ -637,6 +637,12 @@ def test_only_the_first_short_watch_that_ends_in_order_is_free() -> None:
     assert subject.counts.watch_restarts == {"closed": 12, "expired": 0, "failed": 0}
 
 
+def test_short_watches_between_failures_are_no_recovery() -> None:
+    api = EndlessApi(lambda number: [bookmark(10)] if number % 2 else [error_event(500)])
+    subject, _ = run_endless(api)
+    assert [event for _, event, _ in subject.log.lines] == ["kubernetes_failing"]
+
+
 def test_a_watch_that_lasted_may_end_without_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reflector, "STEADY_S", 0.0)
     subject, _, error = run_script([pod_list(10)], [], [], [])
@@ -821,9 +827,3 @@ def _check_offers(offers: list[Wishes]) -> None:
     for name in (f"lasting-{k}" for k in range(3)):
         values = [int(str(offer.get(name))) for offer in offers]  # never absent
         assert values == sorted(values)
-
-
-def test_short_watches_between_failures_are_no_recovery() -> None:
-    api = EndlessApi(lambda number: [bookmark(10)] if number % 2 else [error_event(500)])
-    subject, _ = run_endless(api)
-    assert [event for _, event, _ in subject.log.lines] == ["kubernetes_failing"]

@@ -1,0 +1,18 @@
+"""How a pod stands, from its GPUs; whole sequences are in tests/node."""
+
+from __future__ import annotations
+
+from shared import messages as m
+from shared import standing
+
+A, B = "pod-a", "pod-b"
+
+
+def test_a_pod_held_above_its_limit_is_failed_whatever_it_has_elsewhere() -> None:
+    asks = m.DesiredPod(uid=A, aliases=[], namespace="n", name="a", limit_mw=400_000, raw="400")
+    gpus = [
+        m.Gpu(index=0, uuid="0", limit_mw=300_000, target_mw=300_000, state="managed", pods=[A, B]),
+        m.Gpu(index=1, uuid="1", limit_mw=500_000, target_mw=500_000, state="held", pods=[A]),
+    ]
+    (pod,) = standing.pods([asks], gpus, lambda limit_mw, _: limit_mw)
+    assert pod.state == "failed"
