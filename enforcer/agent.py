@@ -19,7 +19,7 @@ from shared.settings import EnforcerSettings
 from shared.transport import Server
 from shared.units import MAX_MW, same_limit
 
-_WAITING_SCAN_S, _WAITING_FOR_S = 0.1, 60.0  # a CUDA context comes seconds after its pod
+_WAITING_SCAN_S, _EARLY = 0.1, 6  # a CUDA context comes seconds after its pod; six waits: 63 s
 _TURN_S = 0.02  # snapshots that come faster are decided on together
 _FRESH_S = 1.0  # a question within this time is answered from the last reading
 _IDLE_S = 5.0  # NVML is let go when nobody asked for this long
@@ -47,7 +47,7 @@ class Agent:
         )
         self._gpus = Gpus(self._me, ledger.entries, reader, log, server)
         self._cards = self._gpus.cards
-        self._looked_s = self._scan_s = self._due_s = self._waiting_since_s = 0.0
+        self._looked_s = self._scan_s = self._due_s = 0.0
         self._asked_s = time.monotonic()
         self._waiting: frozenset[str] = frozenset()
         self._search = Retry()
@@ -90,13 +90,13 @@ class Agent:
         if scan:
             waiting = self._homeless(desired)
             if waiting != self._waiting:
-                self._waiting, self._waiting_since_s, self._search = waiting, now, Retry()
+                self._waiting, self._search = waiting, Retry()
                 self._search.failed()
             elif waiting and now >= self._search.due_s:
                 self._gpus.incomplete = True  # NVML lists the GPUs there were when it was opened
                 self._search.failed()
-            soon = waiting and now < self._waiting_since_s + _WAITING_FOR_S
-            self._scan_s = now + min(self._config.scan_s, _WAITING_SCAN_S if soon else 1e9)
+            early = waiting and self._search.failures <= _EARLY
+            self._scan_s = now + min(self._config.scan_s, _WAITING_SCAN_S if early else 1e9)
 
     def _homeless(self, desired: Desired) -> frozenset[str]:
         """Return the annotated pods that were not seen on any GPU."""
