@@ -10,46 +10,45 @@ from collections.abc import Sequence
 
 from enforcer.policy import Stranger
 
-# A pod's uid is a UUID; a static pod's is an md5 of its manifest (kubelet config/common.go).
-_UID = r"(?P<uid>[0-9a-f]{8}(?P<sep>[-_])(?:[0-9a-f]{4}(?P=sep)){3}[0-9a-f]{12}|[0-9a-f]{32})"
+
+def _uid(separator: str) -> str:
+    # A pod's uid is a UUID; a static pod's is an md5 of its manifest (kubelet config/common.go).
+    uuid = separator.join(f"[0-9a-f]{{{digits}}}" for digits in (8, 4, 4, 4, 12))
+    return f"({uuid}|[0-9a-f]{{32}})"
+
+
 _QOS = r"(?:burstable|besteffort)"
 # systemd spells the way in each slice's name: kubelet-kubepods-burstable-pod2c1f7a54_0b6e....slice
 _NESTED = r"(?:[a-z]+-)?"
-_CGROUPFS = rf"kubepods/(?:{_QOS}/)?pod{_UID}"
-_SYSTEMD = (
-    rf"{_NESTED}kubepods\.slice/(?:{_NESTED}kubepods-{_QOS}\.slice/)?"
-    rf"{_NESTED}kubepods(?:-{_QOS})?-pod{_UID}\.slice"
+_SLICE = rf"{_NESTED}kubepods(?:-{_QOS})?-pod{_uid('_')}\.slice"
+_SPELLINGS = (
+    rf"kubepods/(?:{_QOS}/)?pod{_uid('-')}",
+    rf"{_NESTED}kubepods\.slice/(?:{_NESTED}kubepods-{_QOS}\.slice/)?{_SLICE}",
+    # containerd on cgroupfs under a systemd kubelet takes slice:prefix:name for one file name:
+    # kubepods-burstable-pod2c1f7a54_0b6e....slice:cri-containerd:3fa93fa9...
+    rf"{_SLICE}:[a-z-]+:[0-9a-f]+",
 )
-# containerd on cgroupfs under a systemd kubelet takes slice:prefix:name for one file name:
-# kubepods-burstable-pod2c1f7a54_0b6e....slice:cri-containerd:3fa93fa9...
-_MISMATCHED = rf"{_NESTED}kubepods(?:-{_QOS})?-pod{_UID}\.slice:[a-z-]+:[0-9a-f]+"
-_POD = tuple(
-    (re.compile(rf"/{pattern}(?:/|$)"), separator)
-    for pattern, separator in ((_CGROUPFS, "-"), (_SYSTEMD, "_"), (_MISMATCHED, "_"))
-)
-_LINE = re.compile(r"[0-9]+:[^:]*:(/.*)", re.DOTALL)
-_DELETED = " (deleted)"  # what the kernel adds for a cgroup that was removed (cgroup.c)
+_POD = re.compile(rf"(?<!/)/(?:{'|'.join(_SPELLINGS)})(?:/|$)")
+# The kernel adds ` (deleted)` for a cgroup that was removed (cgroup.c).
+_LINE = re.compile(r"[0-9]+:[^:]*:(/.*?)(?: \(deleted\))?")
 
 
-def paths(text: bytes) -> list[str] | None:
-    """Return the path in each hierarchy, None where the text is not what a kernel writes."""
+def _paths(text: bytes) -> list[str]:
+    """Return the path in each hierarchy, none where the text is not what a kernel writes."""
     found = []
     for line in text.decode("utf-8", "surrogateescape").removesuffix("\n").split("\n"):
         match = _LINE.fullmatch(line)  # names may hold colons: only the first two separate
         if match is None or ".." in match[1].split("/"):
-            return None  # `..`: seen from inside a private cgroup namespace, not to be trusted
-        found.append(match[1].removesuffix(_DELETED))
+            return []  # `..`: seen from inside a private cgroup namespace, not to be trusted
+        found.append(match[1])
     return found
 
 
 def _pod_below(path: str, root: str) -> str | None:
     prefix = root.rstrip("/")
-    if not path.startswith(f"{prefix}/"):
-        return None
-    for pattern, separator in _POD:
-        match = pattern.match(path, len(prefix))
-        if match and match["sep"] in (separator, None):
-            return match["uid"].replace("_", "-")
+    if path.startswith(prefix) and (match := _POD.match(path, len(prefix))):
+        uid: str = next(filter(None, match.groups()))  # each spelling has one
+        return uid.replace("_", "-")
     return None
 
 
@@ -58,19 +57,16 @@ def pod_of(text: bytes, roots: Sequence[str]) -> str | Stranger:
 
     `roots` are the cgroups that may hold the kubelet's `kubepods`.
     """
-    found = paths(text)
-    if found is None:
-        return Stranger.UNKNOWN
+    found = _paths(text)
     pods = {pod for path in found for root in roots if (pod := _pod_below(path, root))}
-    if len(pods) > 1:
+    if not found or len(pods) > 1:
         return Stranger.UNKNOWN
     return pods.pop() if pods else Stranger.OTHER
 
 
 def root_above(text: bytes) -> str | None:
     """Return the parent of `kubepods` in a pod's own cgroup text, None if it shows no pod."""
-    for path in paths(text) or ():
-        for end in (m.start() for m in re.finditer("/", path)):
-            if _pod_below(path, path[:end]):
-                return path[:end] or "/"
+    for path in _paths(text):
+        if match := _POD.search(path):
+            return path[: match.start()] or "/"
     return None
