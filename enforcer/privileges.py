@@ -5,47 +5,40 @@ have them are stale.
 """
 
 import ctypes
-import os
 import resource
 
-_PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 23, 24, 38  # linux/prctl.h
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
-_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
-_CAP_SYS_ADMIN = 21
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38  # linux/prctl.h
+_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h, where a set has 64 bits
 # nvmlDeviceSetPowerManagementLimit: the driver asks for CAP_SYS_ADMIN (open-gpu-kernel-modules,
 # nv-linux.h, NV_IS_SUSER). Reading /proc/<pid>/cgroup and stat takes none (both are 0444), the
 # ledger and the sockets are root's own files.
-KEPT = frozenset({_CAP_SYS_ADMIN})
+_CAP_SYS_ADMIN = 21
 # Endless multipart messages fill memory without any bound of libzmq's; a death is safe, since
 # limits hold in the hardware and the ledger is on disk.
 _DATA_BYTES = 512 << 20
 
 
 def drop() -> None:
-    """Set no-new-privs, keep only `KEPT` of the capabilities, bound memory; raises OSError."""
+    """Set no-new-privs, keep only CAP_SYS_ADMIN, bound memory; raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(result: int, name: str) -> None:
         if result != 0:
-            raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+            raise OSError(ctypes.get_errno(), name)
 
     call(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libzmq aborts where accept fails
     resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, _DATA_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.geteuid() != 0:
-        return  # nothing was held
-    capability = 0
-    while libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
-        # Refused without CAP_SETPCAP, where whoever started this has narrowed the set himself.
-        if capability not in KEPT:
+    for capability in range(64):
+        # Refused without CAP_SETPCAP, where whoever started this has narrowed the set himself,
+        # and for numbers that the kernel has no capability for.
+        if capability != _CAP_SYS_ADMIN:
             libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
-        capability += 1
-    call(libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "PR_CAP_AMBIENT")
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low 32 bits, then high
     call(libc.capget(header, held), "capget")
-    kept = sum(1 << one for one in KEPT)
-    masked = [word & bits for word, bits in zip(held, (kept, kept, 0, 0, 0, 0), strict=True)]
-    call(libc.capset(header, (ctypes.c_uint32 * 6)(*masked)), "capset")
+    # What is not inheritable leaves the ambient set too (capabilities(7)).
+    kept = [word & (1 << _CAP_SYS_ADMIN) for word in held[:2]]
+    call(libc.capset(header, (ctypes.c_uint32 * 6)(*kept)), "capset")
