@@ -19,7 +19,6 @@ _REMEDIES = {
     "DRIVER_NOT_LOADED": "; load the NVIDIA driver",
     "LIB_RM_VERSION_MISMATCH": "; the driver was upgraded: restart this pod to get its library",
 }
-_LACKING = {"NOT_SUPPORTED", "FUNCTION_NOT_FOUND"}  # what a board or an older driver cannot tell
 # After these, handles are worthless until NVML is initialised anew.
 _STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
 _TRIES = 4  # a process list may outgrow its buffer between asking for its size and filling it
@@ -37,7 +36,8 @@ class NvmlError(Exception):
         self.name = _NAMES.get(code, f"CODE_{code}")
         super().__init__(f"{operation}: {self.name}{_REMEDIES.get(self.name, '')}")
         self.absent = self.name in ("LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED")
-        self.lacking = self.name in _LACKING
+        # What a board or an older driver cannot tell.
+        self.lacking = self.name in ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND")
         self.stale = self.name in _STALE
 
 
@@ -81,10 +81,9 @@ class Nvml:
 
     def close(self) -> None:
         """Let go of the driver."""
-        if self.is_open:
-            self.is_open = False
-            with contextlib.suppress(pynvml.NVMLError):  # already gone with a reloaded driver
-                pynvml.nvmlShutdown()
+        self.is_open = False
+        with contextlib.suppress(pynvml.NVMLError):  # not open, or gone with a reloaded driver
+            pynvml.nvmlShutdown()
 
     def pids(self, handle: Handle) -> set[int]:
         """Return the processes on a GPU, those of all MIG instances and MPS clients included."""
@@ -113,12 +112,9 @@ class Nvml:
         """Read what `gpu` says of its power now; nothing of an older reading survives a failure."""
         gpu.limit_mw = gpu.enforced_mw = gpu.power_mw = None
         gpu.limit_mw = self.limit_mw(handle)
-        for name, query in (
-            ("enforced_mw", pynvml.nvmlDeviceGetEnforcedPowerLimit),
-            ("power_mw", pynvml.nvmlDeviceGetPowerUsage),
-        ):
-            try:
-                setattr(gpu, name, int(_call(query, handle)))
-            except NvmlError as error:
-                if error.stale:  # else it is not known, which is no reason to doubt the limit
-                    raise
+        # Not to know these is no reason to doubt the limit. A GPU that is lost says so again when
+        # its processes or its limit are next asked for.
+        with contextlib.suppress(NvmlError):
+            gpu.enforced_mw = int(_call(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle))
+        with contextlib.suppress(NvmlError):
+            gpu.power_mw = int(_call(pynvml.nvmlDeviceGetPowerUsage, handle))
