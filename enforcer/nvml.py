@@ -21,7 +21,6 @@ _REMEDIES = {
 }
 # After these, handles are worthless until NVML is initialised anew.
 _STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
-_TRIES = 4  # a process list may outgrow its buffer between asking for its size and filling it
 _PROCESS_LISTS = (
     pynvml.nvmlDeviceGetComputeRunningProcesses,
     pynvml.nvmlDeviceGetGraphicsRunningProcesses,
@@ -86,18 +85,18 @@ class Nvml:
             pynvml.nvmlShutdown()
 
     def pids(self, handle: Handle) -> set[int]:
-        """Return the processes on a GPU, those of all MIG instances and MPS clients included."""
+        """Return the processes on a GPU, those of all MIG instances and MPS clients included.
+
+        nvidia-ml-py fills a buffer for twice as many as there were; a list that has outgrown even
+        that (INSUFFICIENT_SIZE) is not known until it is asked for again.
+        """
         found: set[int] = set()
         for query in _PROCESS_LISTS:
-            for left in reversed(range(_TRIES)):
-                try:
-                    found |= {process.pid for process in _call(query, handle)}
-                    break
-                except NvmlError as error:
-                    if error.lacking and query is not _PROCESS_LISTS[0]:
-                        break
-                    if error.name != "INSUFFICIENT_SIZE" or not left:
-                        raise
+            try:
+                found |= {process.pid for process in _call(query, handle)}
+            except NvmlError as error:
+                if not error.lacking or query is _PROCESS_LISTS[0]:
+                    raise
         return found
 
     def limit_mw(self, handle: Handle) -> int:
