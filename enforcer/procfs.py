@@ -11,11 +11,10 @@ from enforcer import cgroups
 from enforcer.policy import Stranger
 
 _ENDED = (FileNotFoundError, ProcessLookupError)  # ENOENT on opening, ESRCH on reading
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 _PF_EXITING = 0x4  # linux/sched.h
 _THREADS = 64  # of a process whose first one exits
-_USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
+_USUAL_ROOTS: tuple[str, ...] = ("/", "/kubelet", "/kubelet.slice")
 _SHOWN_BYTES = 300
 
 
@@ -28,16 +27,10 @@ def _read(path: str) -> bytes:
         return file.readall()
 
 
-def _stat(directory: str) -> tuple[int | None, bool]:
-    """Return when a task started (field 22 of stat, proc(5)) and whether it exits (field 9).
-
-    None and False where there is no stat.
-    """
-    try:
-        # The name in parentheses may hold anything, also parentheses.
-        fields = _read(f"{directory}/stat").rpartition(b")")[2].split()
-    except _ENDED:
-        return None, False
+def _stat(directory: str) -> tuple[int, bool]:
+    """Return when a task started (field 22 of stat, proc(5)) and whether it exits (field 9)."""
+    # The name in parentheses may hold anything, also parentheses.
+    fields = _read(f"{directory}/stat").rpartition(b")")[2].split()
     return int(fields[19]), bool(int(fields[6]) & _PF_EXITING)
 
 
@@ -53,8 +46,8 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
         task = f"{directory}/task/{thread}"
         with contextlib.suppress(*_ENDED):
             text = _read(f"{task}/cgroup")
-            started, exits = _stat(task)
-            if started is not None and not exits:
+            _, exits = _stat(task)
+            if not exits:
                 return text
     if len(threads) > _THREADS:
         return b""
@@ -63,7 +56,7 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
 
 def now_ticks() -> int:
     """Return the time in the unit and from the origin of a process's start time."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 class ProcessReader:
@@ -90,7 +83,7 @@ class ProcessReader:
             return None, "ended"
         except (OSError, ValueError, IndexError) as error:
             return Stranger.UNKNOWN, f"{directory} cannot be read: {error}"
-        if before != after or (before is not None and before > listed_ticks):
+        if before != after or before > listed_ticks:
             return None, "ended, its number went to another"
         shown = text[:_SHOWN_BYTES].decode("utf-8", "replace").strip()
         return cgroups.pod_of(text, self.roots), shown
@@ -120,30 +113,20 @@ def check_sight(proc_root: Path) -> None:
 def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[str, ...]:
     """Return the cgroups that may hold `kubepods`; raises BlindError where we would be blind.
 
-    In Kubernetes the own path must show the own pod. Else this is a private cgroup namespace,
-    whose paths are relative and can be mimicked, and pid 1's is joined.
+    Paths in a private cgroup namespace are relative and can be mimicked. So in Kubernetes pid 1's
+    is joined, and the own path must show the own pod then.
     """
-    if proc_root != Path("/proc") or not in_kubernetes:
-        return _USUAL_ROOTS if setting == "auto" else (setting,)
-    own = cgroups.root_above(_read("/proc/self/cgroup"))
-    if own is None:
-        _join_host_cgroup_namespace()
-        own = cgroups.root_above(_read("/proc/self/cgroup"))
-    if own is None:
-        raise BlindError(
-            "the own cgroup shows no pod, so this is not the host's view: "
-            "set hostPID: true and run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
-        )
-    # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
-    if cgroups.root_above(_read("/proc/1/cgroup")) is not None:
-        raise BlindError("pid 1 is in a pod, so host processes are invisible: set hostPID: true")
-    return (own,) if setting == "auto" else (setting,)
-
-
-def _join_host_cgroup_namespace() -> None:
-    """Enter pid 1's cgroup namespace; opening takes CAP_SYS_PTRACE, entering CAP_SYS_ADMIN."""
-    try:
-        with Path("/proc/1/ns/cgroup").open("rb") as file:
+    roots = _USUAL_ROOTS
+    if in_kubernetes and proc_root == Path("/proc"):
+        # Opening takes CAP_SYS_PTRACE, entering CAP_SYS_ADMIN; the next line sees if it helped.
+        with contextlib.suppress(OSError), Path("/proc/1/ns/cgroup").open("rb") as file:
             ctypes.CDLL(None).setns(file.fileno(), _CLONE_NEWCGROUP)  # os.setns: Python 3.12
-    except OSError:
-        return  # the caller looks whether it helped
+        own = cgroups.root_above(_read("/proc/self/cgroup"))
+        # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
+        if own is None or cgroups.root_above(_read("/proc/1/cgroup")) is not None:
+            raise BlindError(
+                "the own cgroup shows no pod or pid 1 is in one, so this is not the host's view: "
+                "set hostPID: true and run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+            )
+        roots = (own,)
+    return roots if setting == "auto" else (setting,)
