@@ -28,8 +28,11 @@ def main() -> int:
         _refuse_token(config, log)
         roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
         ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
-        if not _sole_owner(ledger, log, stop):
-            return 0
+        if not ledger.try_lock():
+            log.warning("waiting", why=f"another enforcer on this node holds {config.state_dir}")
+        while not ledger.try_lock():  # to take it twice is to take it once
+            if stop.wait(_LOCK_RETRY_S):
+                return 0
         for said in ledger.load():
             log.warning("ledger", why=said)
         prepare_directory(config.run_dir)
@@ -52,27 +55,11 @@ def main() -> int:
 
 
 def _refuse_token(config: settings.EnforcerSettings, log: Log) -> None:
-    if not config.in_kubernetes or not _TOKEN.exists():
-        return
-    if not config.supervised:
-        settings.exit_usage(
-            _NAME,
-            f"{_TOKEN} is mounted, and this process must hold no token: "
-            "set automountServiceAccountToken: false and mount it into the watcher alone",
-        )
-    log.warning("token_readable", why="one container for both; two keep the token from root")
-
-
-def _sole_owner(ledger: Ledger, log: Log, stop: StopSignal) -> bool:
-    """Wait until no other enforcer owns this node; False if told to stop meanwhile."""
-    said = False
-    while not ledger.try_lock():
-        if not said:
-            said = True
-            log.warning("waiting", why=f"another enforcer on this node holds {ledger.path.parent}")
-        if stop.wait(_LOCK_RETRY_S):
-            return False
-    return True
+    if config.in_kubernetes and _TOKEN.exists():
+        if not config.supervised:
+            remedy = "set automountServiceAccountToken: false and mount it into the watcher alone"
+            settings.exit_usage(_NAME, f"{_TOKEN} is mounted where none may be: {remedy}")
+        log.warning("token_readable", why="one container for both; two keep the token from root")
 
 
 if __name__ == "__main__":
