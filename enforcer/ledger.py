@@ -12,16 +12,15 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import msgspec
 
 from enforcer.policy import Owned
 
 _FILE, _BEFORE, _NEXT, _LOCK = "ledger.json", "ledger.previous.json", "ledger.next", "lock"
-_VERSION = 1
+_VERSION: Literal[1] = 1
 _MAX_BYTES = 4 << 20
-_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LedgerError(Exception):
@@ -33,7 +32,7 @@ class _Format(msgspec.Struct, frozen=True):
 
 
 class _Book(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: Annotated[int, msgspec.Meta(ge=_VERSION, le=_VERSION)]
+    version: Literal[1]
     boot_id: str
     gpus: dict[str, Owned]
     crc32: int | None = None  # of all the rest; none where a person wrote it
@@ -53,13 +52,14 @@ class Ledger:
         self.entries: Mapping[str, Owned] = {}
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._dir = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
-            self._lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600, dir_fd=self._dir)
+            self._dir = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            self._lock = self._open(_LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise LedgerError(
-                f"POWER_AGENT_STATE_DIR='{state_dir}': {error.strerror}; "
-                "name a directory on the node's disk that this user may write"
-            ) from error
+            why = f"POWER_AGENT_STATE_DIR='{state_dir}': {error.strerror}"
+            raise LedgerError(f"{why}; name a directory on the node's disk to write in") from error
+
+    def _open(self, name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=self._dir)
 
     def try_lock(self) -> bool:
         """Take the lock if no other enforcer holds it."""
@@ -100,14 +100,13 @@ class Ledger:
         return said
 
     def _read(self, name: str) -> _Book:
-        with os.fdopen(os.open(name, os.O_RDONLY | _FLAGS, dir_fd=self._dir), "rb") as file:
+        with open(name, "rb", opener=self._open) as file:
             text = file.read(_MAX_BYTES)
         version = msgspec.json.decode(text, type=_Format).version
         if version > _VERSION:  # it knows originals that must not be lost to a downgrade
-            raise LedgerError(
-                f"{self.path.with_name(name)} has format {version}, written by a newer Power "
-                "Agent: start that one, or stop it with POWER_AGENT_ON_EXIT=restore first"
-            )
+            why = f"{self.path.with_name(name)} has format {version} of a newer Power Agent"
+            remedy = "start that one, or stop it with POWER_AGENT_ON_EXIT=restore first"
+            raise LedgerError(f"{why}: {remedy}")
         book = msgspec.json.decode(text, type=_Book)
         if book.crc32 not in (None, book.sealed().crc32):
             raise ValueError("its checksum is not that of its content")
@@ -130,8 +129,7 @@ class Ledger:
         self.entries = dict(entries)
 
     def _replace(self, text: bytes, *, durable: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS
-        with os.fdopen(os.open(_NEXT, flags, 0o600, dir_fd=self._dir), "wb") as file:
+        with open(_NEXT, "wb", opener=self._open) as file:
             file.write(text)
             file.flush()
             if durable:
