@@ -104,10 +104,8 @@ def check_sight(proc_root: Path) -> None:
         if "self" in os.listdir(proc_root):  # noqa: PTH208 - else no kernel's, and not complete
             _read(f"{proc_root}/1/cgroup")
     except OSError as error:
-        raise BlindError(
-            f"POWER_AGENT_PROC_ROOT='{proc_root}': {error.strerror} on looking for process 1; "
-            "name the host's proc, mounted without hidepid"
-        ) from error
+        why = f"POWER_AGENT_PROC_ROOT='{proc_root}': {error.strerror} on looking for process 1"
+        raise BlindError(f"{why}; name the host's proc, mounted without hidepid") from error
 
 
 def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[str, ...]:
@@ -124,9 +122,8 @@ def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[st
         own = cgroups.root_above(_read("/proc/self/cgroup"))
         # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
         if own is None or cgroups.root_above(_read("/proc/1/cgroup")) is not None:
-            raise BlindError(
-                "the own cgroup shows no pod or pid 1 is in one, so this is not the host's view: "
-                "set hostPID: true and run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
-            )
+            why = "the own cgroup shows no pod or pid 1 is in one, so this is not the host's view"
+            remedy = "run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+            raise BlindError(f"{why}: set hostPID: true, and {remedy}")
         roots = (own,)
     return roots if setting == "auto" else (setting,)
