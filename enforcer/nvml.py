@@ -21,8 +21,7 @@ _REMEDIES = {
 }
 # After these, handles are worthless until NVML is initialised anew.
 _STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
-_PROCESS_LISTS = (
-    pynvml.nvmlDeviceGetComputeRunningProcesses,
+_OPTIONAL_LISTS = (  # which a board may lack
     pynvml.nvmlDeviceGetGraphicsRunningProcesses,
     pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
 )
@@ -90,12 +89,12 @@ class Nvml:
         nvidia-ml-py fills a buffer for twice as many as there were; a list that has outgrown even
         that (INSUFFICIENT_SIZE) is not known until it is asked for again.
         """
-        found: set[int] = set()
-        for query in _PROCESS_LISTS:
+        found = {p.pid for p in _call(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)}
+        for query in _OPTIONAL_LISTS:
             try:
-                found |= {process.pid for process in _call(query, handle)}
+                found |= {p.pid for p in _call(query, handle)}
             except NvmlError as error:
-                if not error.lacking or query is _PROCESS_LISTS[0]:
+                if not error.lacking:
                     raise
         return found
 
