@@ -27,10 +27,16 @@ def _read(path: str) -> bytes:
         return file.readall()
 
 
-def _stat(directory: str) -> tuple[int, bool]:
-    """Return when a task started (field 22 of stat, proc(5)) and whether it exits (field 9)."""
-    # The name in parentheses may hold anything, also parentheses.
-    fields = _read(f"{directory}/stat").rpartition(b")")[2].split()
+def _stat(directory: str) -> tuple[int | None, bool]:
+    """Return when a task started (field 22 of stat, proc(5)) and whether it exits (field 9).
+
+    None and False where there is no stat: a made-up proc root may hold nothing but cgroups.
+    """
+    try:
+        # The name in parentheses may hold anything, also parentheses.
+        fields = _read(f"{directory}/stat").rpartition(b")")[2].split()
+    except FileNotFoundError:
+        return None, False
     return int(fields[19]), bool(int(fields[6]) & _PF_EXITING)
 
 
@@ -46,8 +52,8 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
         task = f"{directory}/task/{thread}"
         with contextlib.suppress(*_ENDED):
             text = _read(f"{task}/cgroup")
-            _, exits = _stat(task)
-            if not exits:
+            started, exits = _stat(task)
+            if started is not None and not exits:
                 return text
     if len(threads) > _THREADS:
         return b""
@@ -83,7 +89,7 @@ class ProcessReader:
             return None, "ended"
         except (OSError, ValueError, IndexError) as error:
             return Stranger.UNKNOWN, f"{directory} cannot be read: {error}"
-        if before != after or before > listed_ticks:
+        if before != after or (before is not None and before > listed_ticks):
             return None, "ended, its number went to another"
         shown = text[:_SHOWN_BYTES].decode("utf-8", "replace").strip()
         return cgroups.pod_of(text, self.roots), shown

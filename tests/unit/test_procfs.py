@@ -117,6 +117,11 @@ def test_a_vanished_pid_is_a_normal_result(tmp_path: Path) -> None:
     assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] is None
 
 
+def test_in_a_made_up_root_a_process_needs_no_more_than_its_cgroup(tmp_path: Path) -> None:
+    (proc_entry(tmp_path, 42) / "stat").unlink()
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[0] == UID
+
+
 def test_a_pid_that_vanishes_between_two_reads_has_ended(tmp_path: Path) -> None:
     folder = proc_entry(tmp_path, 42)
     (folder / "cgroup").unlink()
