@@ -7,9 +7,14 @@ What is relied on, and why (libzmq 4.3.5):
   only measure that acts against endless multipart messages, which ZMQ_MAXMSGSIZE does not bound.
 - Without a ZAP domain a ZMTP 1.0/2.0 client delivers messages that carry no credentials.
 - `Peer-Address` of a received frame is `localhost:<uid>:<gid>:<pid>` as of connect time.
+- A ROUTER numbers its peers from rand(), which nobody seeds, and aborts where a peer has claimed
+  the next number as its identity (socket_base.cpp, add_out_pipe).
+- A PUB reads subscriptions when something is published, all there are, and a topic costs it a node
+  for each byte (generic_mtrie_impl.hpp).
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 import stat
@@ -26,9 +31,11 @@ from shared import messages
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # RFC 27
 _HANDSHAKE_MS = 500
 _QUEUE = 64  # messages a peer may have waiting, each way
+_FRAMES = 4  # kept of a message: one more than any may have
 _TURN = 64  # requests taken in one turn, so that a flood cannot starve the limits
 _BACKLOG = 64
 _CONNECTIONS = 128  # of one socket; a watcher and a few readers need a handful
+_SUBSCRIPTION_BYTES = 64  # a listener sends subscriptions and its handshake, nothing else
 _CLOSED_S = 0.2  # how long nobody can connect when there were more
 # A second's credit: a thousand small requests, or 16 MiB.
 _CREDIT_S, _MESSAGE_S, _BYTE_S = 1.0, 1 / 1000, 1 / (16 << 20)
@@ -122,10 +129,17 @@ class _Endpoint:
     connections: int = 0
     closed_until: float | None = None
 
-    def listen(self) -> None:
+    def listen(self) -> int:
+        """Listen, again or for the first time; return how many were refused before."""
+        refused = 0
+        # Binding waits until libzmq has told its last event, and that waits for this side where
+        # too many lie here unread.
+        while self.monitor.poll(0):
+            refused += self.note()
         self.socket.setsockopt(zmq.USE_FD, _listen(self.path))
         self.socket.bind(f"ipc://{self.path}")
         self.closed_until, self.connections = None, 0
+        return refused
 
     def note(self) -> int:
         """Take what happened to connections; return how many were refused.
@@ -160,8 +174,9 @@ class Server:
         self._zap: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
-        self._router = self._open(zmq.ROUTER, control_path(run_dir))
-        self._events = self._open(zmq.PUB, events_path(run_dir))
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
+        self._router = self._open(zmq.ROUTER, control_path(run_dir), messages.MAX_MESSAGE_BYTES)
+        self._events = self._open(zmq.PUB, events_path(run_dir), _SUBSCRIPTION_BYTES)
         self._poller, self._resting = zmq.Poller(), zmq.Poller()
         for watched in (self._zap, self._router.monitor, self._events.monitor):
             self._poller.register(watched, zmq.POLLIN)
@@ -175,15 +190,17 @@ class Server:
         self._poller.register(fd, zmq.POLLIN)
         self._resting.register(fd, zmq.POLLIN)
 
-    def _open(self, kind: int, path: Path) -> _Endpoint:
+    def _open(self, kind: int, path: Path, largest: int) -> _Endpoint:
         sock: zmq.Socket[bytes] = self._context.socket(kind)
         sock.linger = 0
-        sock.maxmsgsize = messages.MAX_MESSAGE_BYTES
-        sock.sndhwm = sock.rcvhwm = _QUEUE
+        sock.maxmsgsize = largest
+        sock.sndhwm = _QUEUE
+        sock.rcvhwm = _QUEUE if kind == zmq.ROUTER else 1
         sock.handshake_ivl = _HANDSHAKE_MS
         sock.zap_domain = b"power-agent"
         for uid in self._uids:
-            sock.setsockopt(zmq.IPC_FILTER_UID, uid)
+            # pyzmq takes a C int where libzmq takes a uid_t.
+            sock.setsockopt(zmq.IPC_FILTER_UID, uid - (1 << 32) * (uid >= 1 << 31))
         monitor = sock.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
         )
@@ -204,7 +221,9 @@ class Server:
         now = time.monotonic()
         for endpoint in (self._router, self._events):
             if endpoint.closed_until is not None and now >= endpoint.closed_until:
-                endpoint.listen()
+                self._refused += endpoint.listen()
+            if endpoint.closed_until is not None:
+                timeout_s = min(timeout_s, endpoint.closed_until - now)
         self._credit_s = min(_CREDIT_S, self._credit_s + now - self._credited_s)
         self._credited_s = now
         rests = self._credit_s <= 0
@@ -218,13 +237,26 @@ class Server:
                 self._refused += endpoint.note()
         taken: list[Incoming] = []
         while self._router.socket in ready and len(taken) < _TURN and self._credit_s > 0:
+            began_s = time.monotonic()
             try:
-                frames = self._router.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = self._frames()
             except zmq.Again:
                 break
-            self._credit_s -= _MESSAGE_S + sum(map(len, frames)) * _BYTE_S
+            # What is thrown away costs what it took: whoever is honest does not wait for more.
+            nominal_s = _MESSAGE_S + sum(map(len, frames)) * _BYTE_S
+            self._credit_s -= max(nominal_s, time.monotonic() - began_s)
             taken.append(self._incoming(frames))
         return taken
+
+    def _frames(self) -> list[zmq.Frame]:
+        """Take one message; raises zmq.Again. Of one with too many frames only four are kept."""
+        frames = [self._router.socket.recv(zmq.NOBLOCK, copy=False)]
+        last = frames[0]
+        while last.more:
+            last = self._router.socket.recv(zmq.NOBLOCK, copy=False)
+            if len(frames) < _FRAMES:
+                frames.append(last)
+        return frames
 
     @staticmethod
     def _incoming(frames: list[zmq.Frame]) -> Incoming:

@@ -1,12 +1,15 @@
 """The sockets, for real: who gets in, what a broken or hostile peer can do, what a restart is."""
 
 import contextlib
+import ctypes
 import functools
 import gc
 import os
 import shutil
+import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -239,6 +242,52 @@ def test_a_client_cannot_claim_to_be_somebody_else(
     assert (incoming.payload, incoming.uid, incoming.pid) == (b"hello", ME, os.getpid())
 
 
+def number_given(server: Server, run_dir: Path) -> int:
+    """Return the number that a peer without an identity of its own has got."""
+    with plain(run_dir, zmq.DEALER) as sock:
+        sock.send(b"x")
+        [incoming] = take(server, 1)
+    zero, number = struct.unpack(">BI", incoming.envelope[0])
+    assert zero == 0
+    return int(number)
+
+
+def test_the_numbers_of_peers_cannot_be_known_beforehand(run_dir: Path) -> None:
+    """One who claims the number that comes next ends the process: see the test below."""
+    libc = ctypes.CDLL(None)
+    numbers = set()
+    for _ in range(3):
+        libc.srand(1)  # what every process begins with
+        with serving(run_dir) as server:
+            numbers.add(number_given(server, run_dir))
+    assert len(numbers) == 3
+
+
+CLAIMED = """
+import struct, sys, zmq
+context = zmq.Context()
+router = context.socket(zmq.ROUTER)
+router.bind("inproc://x")
+first, claims, next_ = (context.socket(zmq.DEALER) for _ in range(3))
+first.connect("inproc://x")
+first.send(b"x")
+number = struct.unpack(">BI", router.recv_multipart()[0])[1]
+claims.routing_id = struct.pack(">BI", 0, (number + 1) % 2**32)
+for sock in (claims, next_):
+    sock.connect("inproc://x")
+    sock.send(b"x")
+    router.recv_multipart()
+"""
+
+
+def test_libzmq_ends_the_process_where_the_next_number_was_claimed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLAIMED], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "Assertion failed: ok" in done.stderr
+
+
 # A ZMTP 1.0 peer (RFC 13) and a 2.0 peer (RFC 15), each: greeting, empty identity, a message.
 OLD_PEERS = {
     "1.0": b"\x01\x00" + b"\x06\x00hello",
@@ -283,8 +332,9 @@ def open_dir() -> Iterator[Path]:
 
 STRANGER = """
 import os, socket, sys
-os.setgroups([]); os.setgid(12345); os.setuid(12345)
-for path in sys.argv[1:]:
+uid = int(sys.argv[1])
+os.setgroups([]); os.setgid(uid); os.setuid(uid)
+for path in sys.argv[2:]:
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(20)
     sock.connect(path)
@@ -295,10 +345,10 @@ for path in sys.argv[1:]:
 """
 
 
-def stranger(run_dir: Path) -> subprocess.Popen[str]:
+def stranger(run_dir: Path, uid: int = 12345) -> subprocess.Popen[str]:
     paths = [str(control_path(run_dir)), str(events_path(run_dir))]
     return subprocess.Popen(
-        [sys.executable, "-c", STRANGER, *paths], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STRANGER, str(uid), *paths], stdout=subprocess.PIPE, text=True
     )
 
 
@@ -322,8 +372,9 @@ def test_another_uid_gets_not_a_byte_and_is_counted(open_dir: Path) -> None:
 
 @pytest.mark.root
 @needs_root
-def test_each_uid_of_several_is_admitted(open_dir: Path) -> None:
-    with serving(open_dir, 7, 12345), stranger(open_dir) as process:
+@pytest.mark.parametrize("uid", [12345, 2**31, 2**32 - 2])
+def test_each_uid_of_several_is_admitted(open_dir: Path, uid: int) -> None:
+    with serving(open_dir, 7, uid), stranger(open_dir, uid) as process:
         assert process.stdout
         assert process.stdout.read() == "b'\\xff'\nb'\\xff'\n"  # libzmq's greeting
         assert process.wait(DEADLINE_S) == 0
@@ -516,6 +567,79 @@ def test_a_flood_is_taken_in_turns(server: Server, run_dir: Path) -> None:
         assert max(turns) <= 64
 
 
+def test_a_message_of_endless_frames_costs_the_others_no_time(
+    server: Server, run_dir: Path, client: Client
+) -> None:
+    with plain(run_dir, zmq.DEALER) as sock:
+        sock.send_multipart([b"x" * MAX_MESSAGE_BYTES] * 320)  # five seconds' worth
+        [incoming] = take(server, 1)
+        assert incoming.payload == b""
+        began = time.monotonic()
+        incoming = sent_and_taken(server, client, Ping())
+        assert messages.decode_request(incoming.payload) == Ping()
+        assert time.monotonic() - began < 2
+
+
+def test_after_a_crowd_it_listens_again_though_nothing_else_happens(
+    server: Server, run_dir: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def dropped() -> bool:
+            with contextlib.suppress(BlockingIOError):  # as many wait as may
+                stack.enter_context(raw(control_path(run_dir)))
+            server.receive(0)
+            return server._router.closed_until is not None
+
+        until(dropped, "all dropped")
+        began = time.monotonic()
+        server.receive(DEADLINE_S)
+        assert time.monotonic() - began < DEADLINE_S / 2
+
+
+CROWDED = """
+import contextlib, os, socket, sys, time
+from pathlib import Path
+from shared.transport import Server, control_path
+run_dir = Path(sys.argv[1])
+server = Server(run_dir, [os.geteuid()])
+
+def connect():
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    end_s = time.monotonic() + 0.5
+    while time.monotonic() < end_s:
+        with contextlib.suppress(BlockingIOError):  # as many wait as may
+            sock.connect(str(control_path(run_dir)))
+            return sock
+    return None
+
+held = [connect() for _ in range(200)]
+while sock := connect():  # until libzmq accepts no more: nobody reads what it tells
+    sock.close()
+while server._router.closed_until is None:
+    server.receive(0)
+closed_s = time.monotonic()
+while time.monotonic() < closed_s + 0.3:
+    pass  # a slow driver
+server.receive(0)
+server.close()
+print("turns")
+"""
+
+
+def test_a_flood_of_connections_during_a_slow_turn_is_no_deadlock(run_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CROWDED, str(run_dir)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("turns\n", "")
+
+
 def test_an_answer_to_a_client_that_has_gone_is_dropped(server: Server, run_dir: Path) -> None:
     with plain(run_dir, zmq.DEALER) as sock:
         sock.send(messages.encode(Ping()))
@@ -688,6 +812,21 @@ def test_a_listener_that_does_not_read_delays_neither_server_nor_others(run_dir:
             server.publish(event(number, "x" * 10_000))
         assert time.monotonic() - began < 10
         until(hears(server, quick, event(9999)), "still heard")
+
+
+def zmtp3_subscription(topic: bytes) -> bytes:
+    return b"\x02" + (1 + len(topic)).to_bytes(8, "big") + b"\x01" + topic
+
+
+def test_a_listener_with_a_topic_that_no_event_has_is_dropped(
+    server: Server, run_dir: Path
+) -> None:
+    """Each byte of it would cost a node of a tree, in the thread that keeps the limits."""
+    with raw(events_path(run_dir)) as sock:
+        sock.sendall(ZMTP3_GREETING + zmtp3_ready({b"Socket-Type": b"SUB"}))
+        read_until(sock, b"PUB", lambda: server.receive(0.01))
+        sock.sendall(zmtp3_subscription(b"x" * 64))
+        read_until(sock, None, lambda: server.receive(0.01))
 
 
 @pytest.mark.root
