@@ -17,12 +17,14 @@ from shared.powerctl.ask import UnreachableError, ask
 from shared.powerctl.explain import explain, near
 from shared.settings import DEFAULT_RUN_DIR, colour_from_environment, run_dir_from_environment
 
-GOOD, NOT_WELL, UNREACHABLE = 0, 1, 3  # 2, wrong use, is argparse's own
+GOOD, NOT_WELL, WRONG_USE, UNREACHABLE = 0, 1, 2, 3  # 2 is argparse's own
+_INTERRUPTED = 130  # as a shell has it
 _SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
 _LONGEST_S = 3600.0
 _EPILOG = f"""\
 exit status:
-  0 good, 1 not as it should be, 2 wrong use, 3 enforcer not reachable
+  0 good, 1 not as it should be, 2 wrong use, 3 enforcer not reachable,
+  130 interrupted before there was an answer
 
 environment:
   POWER_AGENT_RUN_DIR
@@ -32,6 +34,8 @@ environment:
 
 def main() -> None:
     """Run one command and exit with its status."""
+    if sys.stdout is None:  # closed: the exit status is all that is wanted
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
     arguments = _arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -42,11 +46,15 @@ def main() -> None:
         sys.stderr.write(tables.escape(f"powerctl: {error}") + "\n")
         status = UNREACHABLE
     except KeyboardInterrupt:
-        status = GOOD  # the way that top and events end
-    except BrokenPipeError:
+        # The way that top and events end; who asked has no answer, and must not take it for good.
+        status = GOOD if arguments.command in ("top", "events") else _INTERRUPTED
+    except OSError as error:
         # Whoever read has enough; without this the interpreter's own last flush would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = GOOD
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(tables.escape(f"powerctl: cannot write: {error.strerror}") + "\n")
+            status = WRONG_USE
     raise SystemExit(status)
 
 
@@ -95,7 +103,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _directory(text: str) -> Path:
-    path = Path(text).absolute()
+    try:
+        path = Path(text).absolute()
+        str(path).encode()  # as libzmq's binding does
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {why}") from error
     if len(os.fsencode(path / "control.sock")) > _SOCKET_PATH_BYTES or "\0" in text:
         raise argparse.ArgumentTypeError(
             f"{text[:60]!r}...: too long, a socket path has at most {_SOCKET_PATH_BYTES} bytes"
@@ -162,7 +175,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _top(arguments: argparse.Namespace) -> int:
     if not sys.stdout.isatty():
         sys.stderr.write("powerctl: top needs a terminal; powerctl status prints once\n")
-        return 2
+        return WRONG_USE
     live.top(arguments.socket, arguments.timeout, _paint())
     return GOOD
 

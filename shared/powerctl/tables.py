@@ -81,9 +81,11 @@ def named(text: str, names: dict[str, str]) -> str:
 def cgroup_lines(evidence: str) -> str:
     """Return the lines of one cgroup file, those that repeat a path or name the root left out.
 
-    A v1 host shows a dozen hierarchies, nearly always with the same path.
+    A v1 host shows a dozen hierarchies, nearly always with the same path. Whoever names a cgroup
+    may use any character but the newline, also those that splitlines() takes for one.
     """
-    lines = {line.split(":", 2)[-1]: line for line in reversed(evidence.splitlines())}
+    found = evidence.removesuffix("\n").split("\n")
+    lines = {line.split(":", 2)[-1]: line for line in reversed(found)}
     telling = [line for path, line in reversed(lines.items()) if path != "/"]
     return "; ".join(telling or list(lines.values())[:1])
 

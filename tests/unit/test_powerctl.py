@@ -371,6 +371,48 @@ def test_a_run_dir_too_long_for_a_socket_names_its_variable() -> None:
     assert "POWER_AGENT_RUN_DIR" in done.stderr
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["status", "ping", "doctor"])
+def test_a_question_that_is_interrupted_is_not_good(
+    run_dir: Path, what: str, how: signal.Signals
+) -> None:
+    with responding(run_dir, lambda _request: None) as responder:
+        arguments = command(what, "--socket", run_dir, "--timeout", DEADLINE_S)
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment()) as process:
+            until(lambda: bool(responder.asked), "asked")
+            process.send_signal(how)
+            assert process.communicate(timeout=DEADLINE_S)[0] == b""
+    assert process.returncode == 130
+
+
+def in_shell(script: str, run_dir: Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        ["sh", "-c", script, *command("ping", "--socket", run_dir)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+        env=environment(),
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_where_nothing_can_be_written_the_status_still_tells(run_dir: Path) -> None:
+    with responding(run_dir, answering(reply())):
+        assert in_shell('"$0" "$@" >&-', run_dir) == (0, "", "")
+        full = in_shell('"$0" "$@" >/dev/full', run_dir)
+    assert full == (2, "", "powerctl: cannot write: No space left on device\n")
+
+
+def test_a_directory_that_no_path_can_name_is_wrong_use(tmp_path: Path) -> None:
+    done = powerctl("ping", "--socket", b"/tmp/\xff".decode(errors="surrogateescape"))
+    assert (done.returncode, "not UTF-8" in done.stderr) == (2, True)
+    (tmp_path / "gone").mkdir()
+    script = f'cd "{tmp_path}/gone" && rmdir "{tmp_path}/gone" && "$0" "$@"'
+    status, _, errors = in_shell(script, Path("run"))
+    assert (status, "'run': No such file or directory\n" in errors) == (2, True)
+
+
 def test_top_without_a_terminal_is_wrong_use(run_dir: Path) -> None:
     assert powerctl("top", "--socket", run_dir).returncode == 2
 
@@ -1142,6 +1184,9 @@ def test_a_listener_that_has_no_pid_here_has_no_capabilities_to_be_seen(tmp_path
         ("3:cpu:/a\n2:pids:/a\n1:name=systemd:/b\n0::/\n", "3:cpu:/a; 1:name=systemd:/b"),
         ("3:cpu:/\n0::/\n", "3:cpu:/"),
         ("0::/a:b\n", "0::/a:b"),
+        # Names with what Unicode takes for the end of a line make no second line.
+        ("0::/podx/a\r0::/pody\n", "0::/podx/a\r0::/pody"),
+        ("0::/podx/a\x850::/pody\n", "0::/podx/a\x850::/pody"),
         ("", ""),
     ],
 )
