@@ -1,6 +1,7 @@
 """Logs: one object a line on standard output, `ts level component event` and what belongs to it."""
 
 import contextlib
+import json
 import os
 import sys
 from datetime import UTC, datetime
@@ -42,10 +43,20 @@ class Log:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if self._form == "json":
             head = {"ts": now, "level": level, "component": self._component, "event": event}
-            line = msgspec.json.encode(head | values)
+            line = _encode(head | values)
         else:
             # repr-like JSON values: a control character in a pod's name stays one line.
-            rest = " ".join(f"{k}={msgspec.json.encode(v).decode()}" for k, v in values.items())
-            line = f"{now} {level.upper():7} {self._component}: {event} {rest}".rstrip().encode()
+            rest = " ".join(f"{k}={_encode(v)}" for k, v in values.items())
+            line = f"{now} {level.upper():7} {self._component}: {event} {rest}".rstrip()
         with contextlib.suppress(OSError):  # nobody reads: enforcing goes on
-            os.write(sys.stdout.fileno(), line + b"\n")  # one write a line: lines never mix
+            # One write a line: lines never mix.
+            os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def _encode(value: object) -> str:
+    """Return JSON in printable ASCII.
+
+    Terminals obey other control characters than JSON escapes: U+009B begins a sequence as ESC [
+    does, U+0085 a line, U+202E turns the rest around.
+    """
+    return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).replace("\x7f", "\\u007f")

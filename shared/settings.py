@@ -79,7 +79,7 @@ def _run_dir(value: str) -> Path:
 def _cgroup_root(value: str) -> str:
     if value != "auto" and not value.startswith("/"):
         raise ValueError("neither `auto` nor a cgroup path such as / or /kubelet.slice")
-    return value if value in ("auto", "/") else value.rstrip("/")
+    return value if value == "auto" else value.rstrip("/") or "/"
 
 
 def _seconds(value: str) -> float:
@@ -318,6 +318,9 @@ def parse_settings(kind: type[S], environment: Mapping[str, str]) -> S:
         if text is None and variable.required:
             raise SettingsError(f"{variable.name} is not set: set it to the {variable.meaning}")
         try:
+            # A byte that is no UTF-8 (os.environ has it as a surrogate) fits into no message.
+            if text and not text.isprintable():
+                raise ValueError("not printable text")
             values[key] = None if text is None else variable.parse(text)
         except ValueError as error:
             remedy = f"correct it ({variable.meaning})" + " or unset it" * (not variable.required)

@@ -131,6 +131,7 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_PROC_ROOT", "proc_root", "/host/proc", Path("/host/proc")),
     (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/kubelet/", "/kubelet"),
     (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/", "/"),
+    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "//", "/"),
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", "watcher_uid", "0", 0),
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", "watcher_uid", "4294967294", 2**32 - 2),
     (EnforcerSettings, "POWER_AGENT_READER_UIDS", "reader_uids", "0, 1000,7", {0, 7, 1000}),
@@ -256,6 +257,14 @@ def test_a_value_with_control_characters_or_a_huge_one_stays_one_short_line() ->
             parse_settings(EnforcerSettings, {"POWER_AGENT_CONFLICT": text})
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["RUN_DIR", "STATE_DIR", "PROC_ROOT", "CGROUP_ROOT"])
+@pytest.mark.parametrize("text", ["/a\nb", "/\udcff", "/\x1b[2J"])
+def test_a_path_that_fits_into_no_message_is_wrong(name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match="not printable text; correct it") as caught:
+        parse_settings(EnforcerSettings, {f"POWER_AGENT_{name}": text})
+    assert str(caught.value).isprintable()
 
 
 def test_a_required_variable_that_is_missing_is_named() -> None:
