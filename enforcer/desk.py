@@ -31,7 +31,7 @@ class Desk:
         # Who may send which message; what is not here nobody may.
         self._may = {m.Snapshot: watcher, m.Status: readers, m.Ping: readers}
         self.started_s = time.monotonic()
-        self._heard_s = self.started_s
+        self._heard_s = self._sessions_told_s = self.started_s
         self._retired: deque[str] = deque(maxlen=_RETIRED)
         self._desired = Desired("unheard")
         self.snapshot: m.Snapshot | None = None
@@ -78,7 +78,9 @@ class Desk:
             raise m.RefusedError("stale", f"revision {new.revision} came after {last.revision}")
         if last and last.session != new.session:
             self._retired.append(last.session)
-            self._log.info("watcher_session", session=new.session, replaces=last.session)
+            if time.monotonic() >= self._sessions_told_s:  # a storm of them is no storm of lines
+                self._sessions_told_s = time.monotonic() + _LIVING_S
+                self._log.info("watcher_session", session=new.session, replaces=last.session)
         self._counts.snapshots += 1
         self.changed |= self.desired().link != "living"  # what a silence had put off is due
         self._heard_s = time.monotonic()

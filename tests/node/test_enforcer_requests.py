@@ -147,6 +147,17 @@ def test_a_replaced_session_is_refused_whatever_its_revision() -> None:
         assert [line["session"] for line in node.logs("watcher_session")] == ["the-next-watcher"]
 
 
+def test_a_storm_of_sessions_is_no_storm_of_lines() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        for number in range(20):
+            node.session, node.revision = f"session-{number}", 0
+            node.snapshot({A: 300})
+        assert node.status().watcher.session == "session-19"
+        assert [line["session"] for line in node.logs("watcher_session")] == ["session-1"]
+
+
 def test_a_heartbeat_is_answered_and_changes_nothing() -> None:
     with EnforcerNode() as node:
         node.start()
