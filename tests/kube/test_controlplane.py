@@ -156,6 +156,28 @@ def test_after_a_restart_older_versions_are_gone(controlplane: ControlPlane) -> 
         assert rest.raw("GET", path)[0] == 410
 
 
+def test_a_restored_server_refuses_to_list_from_its_future_and_watches_from_it_in_silence(
+    controlplane: ControlPlane,
+) -> None:
+    controlplane.create_pod("restored-a", node="restored", annotations={KEY: "350"})
+    controlplane.back_up()
+    for watts in range(300, 350):
+        controlplane.annotate("default", "restored-a", KEY, str(watts))
+    ahead = metadata_list(controlplane, "restored")["metadata"]["resourceVersion"]
+    controlplane.restore()
+
+    (pod,) = metadata_list(controlplane, "restored")["items"]
+    assert pod["metadata"]["annotations"] == {KEY: "350"}
+    with controlplane.rest_client() as rest:
+        path = pods_of("restored", resourceVersion=ahead, resourceVersionMatch="NotOlderThan")
+        status, text = rest.raw("GET", path, Accept=METADATA_LIST)
+    (cause,) = json.loads(text)["details"]["causes"]
+    assert (status, cause["reason"]) == (504, "ResourceVersionTooLarge")
+    controlplane.annotate("default", "restored-a", KEY, "360")
+    watch = metadata_watch(controlplane, "restored", resourceVersion=ahead, timeoutSeconds="1")
+    assert list(watch) == []
+
+
 # ---------------------------------------------------------------------- who may what
 
 

@@ -7,13 +7,14 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -137,6 +138,27 @@ class ControlPlane(Objects):
         # Any read tells etcd's revision; a resource version is nothing else.
         revision = self._ask_etcd("/v3/kv/range", {"key": "AA=="})["header"]
         self._ask_etcd("/v3/kv/compaction", {"revision": revision["revision"]})
+
+    def back_up(self) -> None:
+        """Keep what etcd holds now; the API server is away meanwhile."""
+        with self._down():
+            shutil.rmtree(self.folder / "backup", ignore_errors=True)
+            shutil.copytree(self.folder / "etcd", self.folder / "backup")
+
+    def restore(self) -> None:
+        """Start both servers with what was kept: objects are as they were, and so are versions."""
+        with self._down():
+            shutil.rmtree(self.folder / "etcd")
+            shutil.copytree(self.folder / "backup", self.folder / "etcd")
+        self._made.clear()
+
+    @contextlib.contextmanager
+    def _down(self) -> Iterator[None]:
+        self.stop_apiserver()
+        self._etcd.kill()
+        yield
+        self._etcd.start()
+        self.start_apiserver()
 
     def _ask_etcd(self, path: str, body: Object) -> Object:
         request = urllib.request.Request(self._etcd_url + path, json.dumps(body).encode())

@@ -939,6 +939,31 @@ def test_the_server_goes_down_and_comes_back_on_its_port(api: KubeApi) -> None:
         assert watch.brief() == ("MODIFIED", "a")
 
 
+def test_a_restored_cluster_goes_on_from_its_past(api: KubeApi) -> None:
+    api.create_pod("a", node="node-a", annotations={KEY: "1"})
+    api.create_pod("b", node="node-a")
+    backup = api.resource_version
+    api.annotate("default", "a", KEY, "2")
+    api.delete_pod("default", "b")
+    api.create_pod("c", node="node-a")
+    lost = api.resource_version
+    api.go_down()
+    api.restore(backup)
+    api.come_back()
+    whole = get(api, PODS).json
+    assert [pod["metadata"]["name"] for pod in whole["items"]] == ["a", "b"]
+    assert whole["items"][0]["metadata"]["annotations"] == {KEY: "1"}
+    assert whole["metadata"]["resourceVersion"] == str(backup)
+    ahead = get(api, f"{PODS}?resourceVersion={lost}&resourceVersionMatch=NotOlderThan")
+    assert ahead.status == 504
+    (cause,) = ahead.json["details"]["causes"]
+    assert cause["reason"] == "ResourceVersionTooLarge"
+    with RawWatch(api, f"resourceVersion={lost}") as watch:  # hears nothing until then
+        while api.resource_version <= lost:
+            api.annotate("default", "a", KEY, str(api.resource_version))
+        assert watch.event()["object"]["metadata"]["resourceVersion"] == str(lost + 1)
+
+
 def test_stale_lists_show_the_past(api: KubeApi) -> None:
     past = api.resource_version
     api.create_pod("a", node="node-a")

@@ -223,6 +223,10 @@ class KubeApi:
         """Forget the past: an older version is too old (410) from now on."""
         self._store.compact()
 
+    def restore(self, version: int) -> None:
+        """While down: etcd as in a backup of `version`, which must not be compacted."""
+        self._store.restore(version)
+
     def serve_stale_lists(self, version: int, *, only_from_cache: bool = False) -> None:
         """Lists that name no version are answered as of `version`, which must not be compacted.
         With `only_from_cache` only those that allow it (resourceVersion=0), as an API server

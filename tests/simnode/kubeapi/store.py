@@ -113,6 +113,19 @@ class Store:
             self._history.clear()
             self._compacted = self._version
 
+    def restore(self, version: int) -> None:
+        """Be again as at `version`, and go on from there; nobody hears of it."""
+        with self.lock:
+            if version < self._compacted:
+                raise too_old(version, self._compacted)
+            while self._history and self._history[-1].version > version:
+                undone = self._history.pop()
+                if undone.old is None:
+                    del self._objects[undone.key]
+                else:
+                    self._objects[undone.key] = undone.old
+            self._version = version
+
     def listen(self, listener: Callable[[Record], None]) -> None:
         with self.lock:
             self._listeners.append(listener)
