@@ -47,12 +47,23 @@ _importing = threading.RLock()
 
 
 class ApiError(Exception):
-    """The API server did not do what it was asked; `status` None where it did not answer."""
+    """The API server did not do what it was asked; `status` None where it did not answer.
 
-    def __init__(self, message: str, status: int | None = None, retry_after_s: float = 0) -> None:
+    `too_large`: it has not come as far as the resource version that it was asked for.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        retry_after_s: float = 0,
+        *,
+        too_large: bool = False,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.too_large = too_large
 
 
 class Answer:
@@ -358,8 +369,17 @@ def _one_line(error: BaseException) -> str:
     return (text if text and isinstance(error, OSError | ApiError) else named)[:300]
 
 
-class _Status(msgspec.Struct):
+class _Cause(msgspec.Struct, frozen=True):
+    reason: str = ""
+
+
+class _Details(msgspec.Struct, frozen=True):
+    causes: tuple[_Cause, ...] = ()
+
+
+class _Status(msgspec.Struct, frozen=True):
     message: str = ""
+    details: _Details = _Details()
 
 
 def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
@@ -370,10 +390,15 @@ def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
             body += piece
     response.close()
     try:
-        message = msgspec.json.decode(body, type=_Status).message
+        status = msgspec.json.decode(body, type=_Status)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        message = ""
+        status = _Status()
     after = response.headers.get("Retry-After", "")
     retry_after_s = float(after) if after.isascii() and after.isdigit() else 0.0
-    said = " ".join(message.split())[:300] or response.reason or "no reason given"
-    return ApiError(f"status {response.status}: {said}", response.status, retry_after_s)
+    said = " ".join(status.message.split())[:300] or response.reason or "no reason given"
+    return ApiError(
+        f"status {response.status}: {said}",
+        response.status,
+        retry_after_s,
+        too_large=any(cause.reason == "ResourceVersionTooLarge" for cause in status.details.causes),
+    )

@@ -2,9 +2,13 @@
 
 Rules:
 1. The first list asks for the newest state: a stale cache could release a limit.
-2. One list per start and per 410. Whatever else ends a watch, it goes on where it was.
+2. One list per start and per 410. Whatever else ends a watch, it goes on where it was. But where
+   it did not end in order and the next brings nothing for a minute, not even a bookmark, one list
+   shows whether the cluster was restored from a backup: its versions have gone back then, and a
+   server that is asked to watch from one in its future is silent until it has come there.
 3. A list is swapped in whole; a half-read one is never seen.
-4. What is held never goes back in time, and a failure never empties it.
+4. What is held goes back in time only after the server has said that it was never as far; and a
+   failure never empties it.
 5. Only a watch that lasts is a success: whatever else comes again and again waits ever longer,
    or a second at most where it brings something each time.
 """
@@ -28,6 +32,7 @@ LIST_BYTES = 64 * 1024 * 1024
 LINE_BYTES = 4 * 1024 * 1024
 LIST_TIMEOUT_S = 60.0
 WATCH_S = (240, 300)  # asked of the server; spread, so that a cluster's agents do not come at once
+DOUBT_S = (60, 75)  # of a watch after one that was lost; a bookmark comes each minute (cacher.go)
 WATCH_SLACK_S = 20.0
 STEADY_S = 1.0  # a watch that lived as long has proved that the server can be watched
 _FIRST_DELAY_S = 0.25
@@ -56,14 +61,33 @@ class Api(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Nothing to go on from: the next step lists."""
+    """Nothing to go on from: the next step lists the newest.
+
+    `rewound`: the server has said that it was never as far as what is held.
+    """
+
+    rewound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Relisting:
+    """Up to `version` is held, perhaps of another past: the next step lists what is no older.
+
+    The server has that in memory (its watch cache), so a whole cluster may come at once.
+    """
+
+    version: str
 
 
 @dataclass(frozen=True, slots=True)
 class Resuming:
-    """Everything up to `version` is held: the next step opens a watch there."""
+    """Everything up to `version` is held: the next step opens a watch there.
+
+    `doubtful`: a watch was lost, and nothing has shown since that the server knows the version.
+    """
 
     version: str
+    doubtful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +100,7 @@ class Watching:
     version: str
     answer: Answer
     since: float
+    doubtful: bool = False
     rest: bytes = b""
     fruitful: bool = False
     failure: ApiError | None = None
@@ -86,7 +111,7 @@ class Watching:
         return time.monotonic() - self.since >= STEADY_S
 
 
-State = Listing | Resuming | Watching
+State = Listing | Relisting | Resuming | Watching
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +141,17 @@ class Scope:
 
 
 def is_expiry(error: ApiError) -> bool:
-    """Tell whether the server no longer knows the version to go on from."""
-    return error.status == 410
+    """Tell whether the server does not know the version to go on from: no longer, or not yet."""
+    return error.status == 410 or error.too_large
 
 
 def after_failure(state: State, error: ApiError) -> State:
-    """Return where to go on after `error`: from the beginning only when the server forgot."""
-    if isinstance(state, Listing) or is_expiry(error):
-        return Listing()
-    return Resuming(state.version)
+    """Return where to go on after `error`: from the beginning only without a common past."""
+    if isinstance(state, Listing):
+        return state
+    if is_expiry(error):
+        return Listing(rewound=error.too_large)
+    return state if isinstance(state, Relisting) else Resuming(state.version, doubtful=True)
 
 
 class Backoff:
@@ -145,7 +172,7 @@ class Backoff:
     def fail(self, error: ApiError) -> float:
         """Return the seconds to wait after one more failure.
 
-        A 410 is an answer, usually the first after an outage, and no reason to wait.
+        That a version is not known is an answer, and no reason to wait: a list is next.
         """
         return self._wait_s(error.retry_after_s, excused=is_expiry(error))
 
@@ -216,18 +243,21 @@ class Reflector:
     def step(self, state: State) -> State:
         """Do the one thing that `state` calls for and return the next; raises ApiError."""
         match state:
-            case Listing():
-                return self._list()
-            case Resuming(version):
-                return self._watch(version)
+            case Listing() | Relisting():
+                return self._list(state)
+            case Resuming():
+                return self._watch(state)
             case Watching():
                 return self._take(state)
 
-    def _list(self) -> State:
+    def _list(self, state: Listing | Relisting) -> State:
         self._counts.list_requests += 1
+        query = self._scope.selector
+        if isinstance(state, Relisting):  # without `limit`: for that older servers ask etcd
+            query |= {"resourceVersion": state.version, "resourceVersionMatch": "NotOlderThan"}
         answer = self._api.get(
             self._scope.path,
-            self._scope.selector,
+            query,
             accept=metadata.LIST_ACCEPT,
             read_timeout_s=LIST_TIMEOUT_S,
         )
@@ -236,22 +266,27 @@ class Reflector:
         except metadata.SENSELESS as error:
             raise ApiError(f"the list of pods makes no sense: {error}") from error
         if _number(version) < self._newest:
-            raise ApiError(
-                f"the list of pods is older ({version}) than what is held ({self._newest}) and is "
-                "not taken; if the cluster was restored from a backup, restart the watcher"
-            )
+            if isinstance(state, Relisting):
+                raise ApiError(
+                    f"the list of pods is older ({version}) than what is held ({self._newest}) "
+                    "and was asked for, and is not taken"
+                )
+            if not state.rewound:
+                return Relisting(str(self._newest))
+            self._log.warning("kubernetes_restored", held=str(self._newest), listed=version)
         self._newest = _number(version)
         self._pods = pods
         self.listed = True
         self._offer(MappingProxyType(pods.copy()), None)
         return Resuming(version)
 
-    def _watch(self, version: str) -> State:
-        seconds = random.randint(*WATCH_S)  # noqa: S311 - not a secret
+    def _watch(self, state: Resuming) -> State:
+        spread = DOUBT_S if state.doubtful else WATCH_S
+        seconds = random.randint(*spread)  # noqa: S311 - not a secret
         query = {
             "watch": "1",
             "allowWatchBookmarks": "true",
-            "resourceVersion": version,
+            "resourceVersion": state.version,
             "timeoutSeconds": str(seconds),
         }
         answer = self._api.get(
@@ -265,7 +300,7 @@ class Reflector:
             self._proof = threading.Timer(STEADY_S, self._recovered)
             self._proof.daemon = True
             self._proof.start()
-        return Watching(version, answer, time.monotonic())
+        return Watching(state.version, answer, time.monotonic(), state.doubtful)
 
     def _take(self, state: Watching) -> State:
         """Wait for the next bytes of the watch and apply the lines they complete."""
@@ -285,7 +320,7 @@ class Reflector:
             except ApiError as error:
                 state = replace(state, failure=error)
                 break
-            state = replace(state, version=version, fruitful=True)
+            state = replace(state, version=version, fruitful=True, doubtful=False)
             changed = changed or pods_changed
         if changed:
             self._offer(MappingProxyType(self._pods.copy()), arrived_at)
@@ -302,7 +337,9 @@ class Reflector:
         else:
             self._backoff.progress()
             self._stop.wait(self._backoff.end())
-        return Resuming(state.version)
+        if state.doubtful and time.monotonic() - state.since >= DOUBT_S[0] - STEADY_S:
+            return Relisting(state.version)
+        return Resuming(state.version, state.doubtful)
 
     def _apply(self, line: bytes) -> tuple[str, bool]:
         """Take one event in; return its version and whether pods changed."""
@@ -367,7 +404,7 @@ class Reflector:
         self.problem, trouble = text, error.status or re.sub("[0-9]+", "", text)
         if trouble != self._trouble:
             self._trouble = trouble
-            doing = "list" if isinstance(state, Listing) else "watch"
+            doing = "list" if isinstance(state, Listing | Relisting) else "watch"
             self._log.warning("kubernetes_failing", doing=doing, message=text)
 
     def _recovered(self) -> None:

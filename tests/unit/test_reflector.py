@@ -18,7 +18,7 @@ from watcher import reflector
 from watcher.kube import Api, ApiError
 from watcher.metadata import LIST_ACCEPT, WATCH_ACCEPT, Pod, PodReader
 from watcher.metrics import Counts
-from watcher.reflector import Backoff, Listing, Reflector, Resuming, Scope, Watching
+from watcher.reflector import Backoff, Listing, Reflector, Relisting, Resuming, Scope, Watching
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE = "node-a"
@@ -299,19 +299,72 @@ def test_a_relist_is_swapped_in_whole(api: KubeApi, start: Start) -> None:
 
 
 def test_a_relist_that_goes_back_in_time_is_not_taken(api: KubeApi, start: Start) -> None:
+    """Where the server was as far as what is held, it has to list what is no older."""
     old = api.resource_version
     add(api, "a", "350")
     subject = start(api)
     watching(api)
     api.serve_stale_lists(old)
     api.expire_watches()
-    subject.wait_for_text("older")
-    until(lambda: api.count("list") >= 3, "more tries")
-    assert subject.offers == [{"a": "350"}]
-    api.serve_current_lists()
-    add(api, "b", "1")
-    subject.wait_for({"a": "350", "b": "1"})
-    assert len(subject.log.of("kubernetes_failing")) == 1  # said once
+    until(lambda: api.count("watch") == 2, "another watch")
+    assert subject.offers == [{"a": "350"}] * 2
+    assert (api.count("list"), subject.log.of("kubernetes_restored")) == (3, [])
+
+
+# ---------------------------------------------------------------------- a restored cluster
+
+
+def test_a_restored_cluster_is_followed_soon(
+    api: KubeApi, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its versions have gone back: a watch from where it was would bring nothing for hours."""
+    monkeypatch.setattr(reflector, "DOUBT_S", (2, 2))
+    add(api, "a", "350")
+    backup = api.resource_version
+    for watts in range(100):
+        api.annotate("default", "a", KEY, str(watts))
+    add(api, "b")
+    held = api.resource_version
+    subject = start(api)
+    subject.wait_for({"a": "99", "b": None})
+    watching(api)
+    api.go_down()
+    api.restore(backup)
+    api.come_back()
+    subject.wait_for({"a": "350"})
+    watching(api)
+    api.annotate("default", "a", KEY, "400")
+    subject.wait_for({"a": "400"})
+    asked = [r.path.partition("Failed")[2] for r in api.requests() if r.verb == "list"]
+    assert asked == ["", f"&resourceVersion={held}&resourceVersionMatch=NotOlderThan", ""]
+    (told,) = subject.log.of("kubernetes_restored")
+    assert told == {"held": str(held), "listed": str(backup)}
+    assert subject.counts.watch_restarts["expired"] == 1
+
+
+def test_a_watch_that_proves_itself_after_an_outage_costs_no_list(
+    api: KubeApi, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflector, "DOUBT_S", (2, 2))
+    add(api, "a", "350")
+    subject = start(api)
+    watching(api)
+    api.go_down()
+    api.come_back()
+    until(lambda: api.count("watch") == 2 and api.open_watches == 1, "the watch in doubt")
+    api.annotate("default", "a", KEY, "400")
+    until(lambda: api.count("watch") == 3, "the next one")
+    assert api.count("list") == 1
+    assert subject.last == {"a": "400"}
+
+
+def test_a_server_that_only_lags_behind_was_not_restored() -> None:
+    """It says the same, but the newest list shows that nothing went back."""
+    subject, api, _ = run_script([pod_list(10)])
+    api.answers.append(ScriptedAnswer([pod_list(11, meta("a", "1", 11))]))
+    assert subject.reflector.step(Listing(rewound=True)) == Resuming("11")
+    assert subject.last == {"a": "1"}
+    assert subject.log.of("kubernetes_restored") == []
 
 
 # ---------------------------------------------------------------------- outages
@@ -457,12 +510,15 @@ def test_only_the_first_410_in_a_row_is_free() -> None:
 
 def test_after_each_failure_it_is_known_where_to_go_on() -> None:
     watch = Watching("9", ScriptedAnswer([]), 0.0)
-    down = ApiError("down")
+    down, ahead = ApiError("down"), ApiError("ahead", 504, 1, too_large=True)
     assert reflector.after_failure(Listing(), down) == Listing()
-    assert reflector.after_failure(Resuming("7"), down) == Resuming("7")
-    assert reflector.after_failure(watch, down) == Resuming("9")
-    assert reflector.after_failure(Resuming("7"), _expired()) == Listing()
-    assert reflector.after_failure(watch, _expired()) == Listing()
+    assert reflector.after_failure(Resuming("7"), down) == Resuming("7", doubtful=True)
+    assert reflector.after_failure(watch, down) == Resuming("9", doubtful=True)
+    assert reflector.after_failure(Relisting("7"), down) == Relisting("7")
+    for state in (Resuming("7"), Relisting("7"), watch):
+        assert reflector.after_failure(state, _expired()) == Listing()
+    assert reflector.after_failure(Relisting("7"), ahead) == Listing(rewound=True)
+    assert reflector.after_failure(Listing(rewound=True), down) == Listing(rewound=True)
 
 
 # ---------------------------------------------------------------------- byte by byte
@@ -650,12 +706,13 @@ def test_a_watch_that_lasted_may_end_without_an_event(monkeypatch: pytest.Monkey
 
 
 def test_a_problem_whose_numbers_change_is_told_once() -> None:
-    """A restored cluster lives: each list has another, still older, version."""
+    """A server that breaks its word: each list has another version, older than was asked for."""
     api = EndlessApi(lambda _: [error_event(410)], lambda n: 1000 if n == 1 else 100 + n)
     subject, _ = run_endless(api)
     assert len(subject.log.of("kubernetes_failing")) == 1
     assert f"older ({100 + api.lists})" in str(subject.reflector.problem)  # the newest
     assert subject.counts.watch_restarts == {"closed": 0, "expired": 1, "failed": 11}
+    assert len(subject.offers) == 1
 
 
 def test_lists_that_fail_are_counted(api: KubeApi, start: Start) -> None:
