@@ -190,7 +190,7 @@ class _Case:
         action: Action | None = None
         if self.owned is None:
             action = "acquire"
-        elif target_mw != self.owned.set_mw:
+        elif target_mw != self.owned.set_mw or not self.owned.pods:  # it was being given back
             action = "adjust"
         elif self.gpu.limit_mw is not None and not same_limit(self.gpu.limit_mw, target_mw):
             action = "drift"

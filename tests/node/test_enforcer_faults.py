@@ -251,6 +251,26 @@ def test_a_refused_release_is_tried_until_it_works() -> None:
         assert node.gpu().state == "free"
 
 
+def test_i2_a_refused_release_whose_pod_is_back_with_that_wish_loses_no_original() -> None:
+    with EnforcerNode(release_to="default") as node:
+        node.gpus[0].limit_mw = 650_000
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus[0].fault(SET, error=UNKNOWN_ERROR)
+        node.end(pid)
+        node.snapshot({})
+        node.wait_state("failed")
+        node.run_pod(A)
+        node.gpus[0].clear_faults()
+        node.snapshot({A: 700})  # what would have been given back
+        node.wait_limit(700)
+        node.looks()
+        assert node.owned() == {node.gpus[0].uuid: 650_000}
+        assert node.logs("limit_released") == []
+        assert node.logs("limit_drifted") == []
+
+
 def test_a_fault_that_is_over_is_no_longer_shown_when_its_pod_goes() -> None:
     with EnforcerNode() as node:
         node.start()
