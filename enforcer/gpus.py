@@ -126,7 +126,7 @@ class Gpus:
         if seen.max_mw is None:  # what it told before holds: a board's bounds do not change
             seen.min_mw, seen.default_mw, seen.max_mw = last.min_mw, last.default_mw, last.max_mw
         seen.writes, seen.write_failures = last.writes, last.write_failures
-        card.handle, card.gpu = handle, seen
+        card.handle, card.gpu, card.occupants = handle, seen, None
 
     def retry_now(self) -> None:
         """Forget every wait: this is the last chance."""
@@ -194,10 +194,13 @@ class Gpus:
                     self.lose(card, str(error))
 
     def observe(self, desired: Desired, among: Container[str] | None) -> list[SeenGpu]:
-        """Return every GPU that answers and who runs on it; `among` (None: all) is looked at."""
+        """Return every GPU that answers and who runs on it.
+
+        Those `among` (None: all) are looked at, and those of which nothing is known.
+        """
         seen = []
         for uuid, card in self.cards.items():
-            if card.handle is not None and (among is None or uuid in among):
+            if card.handle and (among is None or uuid in among or card.occupants is None):
                 card.occupants = self._occupants(card, desired)
             if card.handle is not None:  # still
                 g = card.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shared import messages as m
 from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
 
 A, B = pod_uid(1), pod_uid(2)
@@ -202,6 +203,26 @@ def test_i11_a_gpu_that_is_gone_for_good_does_not_keep_another_from_coming_back(
         )
         node.snapshot({A: 250})
         node.wait_limit(250, 0, 3)
+
+
+def test_i12_a_gpu_that_is_found_amid_two_scans_is_looked_at() -> None:
+    with EnforcerNode(scan_seconds="30") as node:
+        node.start()
+        node.run_pod(A, 0, 1)
+        node.gpus[1].vanish()
+        node.wait_state("lost", 1)
+        node.snapshot({A: 300})
+        node.gpus[1].reappear()
+
+        def found() -> m.Gpu | None:
+            """What is said of it in answer to a snapshot, which is no scan."""
+            gpus = node.snapshot({A: 300 + node.revision % 2}).gpus
+            gpu = next(gpu for gpu in gpus if gpu.uuid == node.gpus[1].uuid)
+            return gpu if gpu.state != "lost" else None
+
+        gpu = wait_until(found, "it is found")
+        assert gpu is not None
+        assert gpu.state == "managed", gpu.reason
 
 
 def resting_on_a_board_that_does_not_tell(node: EnforcerNode) -> None:
