@@ -113,7 +113,7 @@ class Gpus:
         self._say(state, "; ".join(map(str, faults)) or "ok")
         present = {seen.uuid for _, seen in found}
         for uuid in self.cards.keys() - present:
-            self.lose(self.cards[uuid], "not among the GPUs that NVML lists")
+            self.lose(self.cards[uuid], str(faults[0]) if self._refused else "not listed by NVML")
         self.incomplete = bool(faults) or len(present) < len(self.cards)
         self.read(now)
         return self.nvml.is_open

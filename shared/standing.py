@@ -41,7 +41,7 @@ def _state(asked: m.DesiredPod, mine: list[m.Gpu], clamp: Clamp) -> tuple[m.PodS
         does = f"; {_of(mine[0])}" if mine else ""
         return "invalid", f"{asked.raw!r} is not decimal watts such as 350{does}"
     if not mine:
-        return "waiting", "no process of it runs on a GPU yet"
+        return "waiting", "no process of it is seen on a GPU yet"
     for gpu in mine:
         if gpu.target_mw is None:  # held, or decided on in a dry run
             return "waiting" if gpu.state == "managed" else "failed", _of(gpu)

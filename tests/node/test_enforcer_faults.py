@@ -24,7 +24,8 @@ def test_nvml_missing_at_start_and_appearing_later() -> None:
         node.gpus.driver_missing()
         node.run_pod(A)
         node.start()
-        node.snapshot({A: 300})
+        (pod,) = node.snapshot({A: 300}).pods
+        assert pod.reason == "no process of it is seen on a GPU yet"  # though one runs there
         assert node.status().enforcer.nvml == "absent"
         assert "driver" in node.status().enforcer.nvml_message
         node.gpus.driver_present()
@@ -60,6 +61,7 @@ def test_nvml_missing_at_start_shows_what_the_ledger_owns() -> None:
         node.start()
         shown = node.gpu()
         assert (shown.original_mw, shown.target_mw, shown.pods) == (700_000, 300_000, [A])
+        assert shown.reason == node.status().enforcer.nvml_message  # there is no list to be on
 
 
 def test_library_of_another_version_is_failing_with_the_remedy() -> None:
