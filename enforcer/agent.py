@@ -80,8 +80,9 @@ class Agent:
         if self._desk.changed:  # a scan is no reason to let the next change wait
             self._desk.changed, self._looked_s = False, now
         needed = bool(desired.pods or self._ledger.entries) or now < self._asked_s + _IDLE_S
-        scan = now >= self._scan_s or not self._gpus.nvml.is_open or bool(self._homeless(desired))
-        if (needed or self._gpus.incomplete) and self._gpus.opened(now, needed=needed):
+        scan = now >= self._scan_s or not needed or bool(self._homeless(desired))
+        due = needed or self._gpus.incomplete or self._gpus.nvml.is_open  # a last look
+        if due and self._gpus.opened(now, needed=needed):
             if now >= self._gpus.read_s + self._config.reconcile_s:
                 self._gpus.read(now)
             self._decide_and_act(desired, None if scan else self._touched(desired))

@@ -135,12 +135,11 @@ class Gpus:
             card.wrote_s, card.retry = 0.0, Retry()
 
     def close(self) -> None:
-        """Let go of the driver; what was read and decided holds no longer."""
+        """Let go of the driver; what was read holds no longer."""
         if self.nvml.is_open:
             self.nvml.close()
             for card in self.cards.values():
                 card.gpu.limit_mw = card.gpu.enforced_mw = card.gpu.power_mw = None
-                card.decision = _UNDECIDED
 
     def _say(self, state: m.NvmlState, why: str) -> None:
         me = self._me

@@ -169,6 +169,18 @@ def test_a_wish_that_is_withdrawn_while_its_write_waits_leaves_nothing_behind(
     assert node.limit() == 700
 
 
+def test_i12_what_was_said_of_a_gpu_ends_with_its_pod_though_nobody_asks() -> None:
+    with EnforcerNode(gpus=1, max_watts="100") as node:  # bounds that leave nothing
+        node.start()
+        wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
+        pid = node.run_pod(A)
+        (said,) = node.snapshot({A: 300}).gpus
+        assert said.state == "failed"
+        node.end(pid)
+        (said,) = node.snapshot({}).gpus
+        assert (said.state, said.reason) == ("free", "nobody uses it")
+
+
 def test_a_question_opens_nvml_and_the_answer_shows_the_gpus(unasked: EnforcerNode) -> None:
     wait_until(lambda: not unasked.gpus.open_by(), "NVML is let go")
     unasked.gpus[0].limit_mw = 600_000
