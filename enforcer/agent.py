@@ -23,6 +23,7 @@ _WAITING_SCAN_S, _EARLY = 0.1, 6  # a CUDA context comes seconds after its pod; 
 _TURN_S = 0.02  # snapshots that come faster are decided on together
 _FRESH_S = 1.0  # a question within this time is answered from the last reading
 _IDLE_S = 5.0  # NVML is let go when nobody asked for this long
+_LAST_TRIES, _LAST_GAP_S = 3, 0.5  # at a stop: an uninstalled agent gives nothing back any more
 
 
 class Agent:
@@ -210,7 +211,7 @@ class Agent:
                 self._gpus.tell(m.LimitDrifted, card, before_mw, why)
         elif action != "note":
             self._gpus.tell(m.LimitSet, card, before_mw, why)
-        card.decision, card.failed = replace(card.decision, action=None), None
+        card.decision = replace(card.decision, action=None)
 
     def _failed(self, card: Card, error: str, why: str) -> None:
         """Count the failure, tell it once, and let the next try wait for longer."""
@@ -248,8 +249,11 @@ class Agent:
 
     def stop(self) -> None:
         """Give every GPU back, or leave limits and ledger for the next start, as configured."""
-        if self._config.on_exit == "restore" and self._ledger.entries:
+        for _ in range(_LAST_TRIES if self._config.on_exit == "restore" else 0):
             self._gpus.retry_now()
-            if self._gpus.opened(time.monotonic(), needed=True):
+            if self._ledger.entries and self._gpus.opened(time.monotonic(), needed=True):
                 self._decide_and_act(Desired("stopping"), ())
+            if not any(card.failed for card in self._cards.values()):
+                break
+            time.sleep(_LAST_GAP_S)
         self._gpus.close()

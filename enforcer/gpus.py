@@ -121,12 +121,12 @@ class Gpus:
     def _found(self, handle: Handle, seen: m.Gpu) -> None:
         card = self.cards.setdefault(seen.uuid, Card(seen))
         last = card.gpu
-        if last.state == "lost":
-            self.tell(m.GpuBack, card, None, f"it answers again, as GPU {seen.index}")
         if seen.max_mw is None:  # what it told before holds: a board's bounds do not change
             seen.min_mw, seen.default_mw, seen.max_mw = last.min_mw, last.default_mw, last.max_mw
         seen.writes, seen.write_failures = last.writes, last.write_failures
         card.handle, card.gpu, card.occupants = handle, seen, None
+        if last.state == "lost":
+            self.tell(m.GpuBack, card, None, f"it answers again, as GPU {seen.index}")
 
     def retry_now(self) -> None:
         """Forget every wait: this is the last chance."""

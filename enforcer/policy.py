@@ -234,7 +234,7 @@ class _Case:
         kept = self.owned if self.owned and self.owned.pods else None
         has_mw = kept.set_mw if kept else self.gpu.limit_mw
         raised = has_mw is None or (decision.target_mw or 0) > has_mw
-        return decision.action == "release" or (decision.action not in (None, "note") and raised)
+        return decision.action == "release" or (decision.action is not None and raised)
 
 
 def _names(uids: Iterable[str]) -> str:

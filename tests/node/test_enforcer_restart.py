@@ -173,6 +173,19 @@ def test_sigterm_restores_also_what_was_just_written_or_refused() -> None:
         assert node.owned() == {}
 
 
+def test_sigterm_tries_again_what_is_refused_for_a_moment() -> None:
+    """Where the agent is uninstalled there is no next start."""
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.run_pod(B, 1)
+        node.snapshot({A: 300, B: 300})
+        node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", error=999, count=2)
+        assert node.stop() == 0
+        assert (node.limit(0), node.limit(1)) == (700, 700)
+        assert node.owned() == {}
+
+
 def test_sigterm_with_a_release_refused_leaves_the_ledger_for_the_next_start() -> None:
     with EnforcerNode() as node:
         node.start()
