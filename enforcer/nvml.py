@@ -21,9 +21,10 @@ _REMEDIES = {
 }
 # After these, handles are worthless until NVML is initialised anew.
 _STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
+# By version: without it nvidia-ml-py has an error of another kind for a library that lacks them.
 _OPTIONAL_LISTS = (  # which a board may lack
-    pynvml.nvmlDeviceGetGraphicsRunningProcesses,
-    pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
+    pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+    pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
 )
 
 
@@ -89,7 +90,7 @@ class Nvml:
         nvidia-ml-py fills a buffer for twice as many as there were; a list that has outgrown even
         that (INSUFFICIENT_SIZE) is not known until it is asked for again.
         """
-        found = {p.pid for p in _call(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)}
+        found = {p.pid for p in _call(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)}
         for query in _OPTIONAL_LISTS:
             try:
                 found |= {p.pid for p in _call(query, handle)}

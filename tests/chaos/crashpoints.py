@@ -60,7 +60,7 @@ OPERATIONS = {
     "ledger-link": Operation(os, "link"),
     "ledger-rename": Operation(os, "rename", _names("ledger.next")),
     "directory-fsync": Operation(os, "fsync", _is_folder),
-    "list": Operation(pynvml, "nvmlDeviceGetComputeRunningProcesses"),
+    "list": Operation(pynvml, "nvmlDeviceGetComputeRunningProcesses_v3"),
     "read": Operation(pynvml, "nvmlDeviceGetPowerManagementLimit"),
     "set": Operation(pynvml, "nvmlDeviceSetPowerManagementLimit"),
     "read-back": Operation(pynvml, "nvmlDeviceGetEnforcedPowerLimit"),

@@ -29,7 +29,7 @@ NVML_CALLS = [
     "nvmlSystemGetDriverVersion",
 ]
 # Uninitialised, invalid, unsupported, forbidden, not found, size, not loaded, time-out, lost, OS.
-NVML_CODES = [1, 2, 3, 4, 6, 7, 9, 10, 15, 17, 999]
+NVML_CODES = [1, 2, 3, 4, 6, 7, 9, 10, 13, 15, 17, 999]
 _ATTACKS = ["garbage", "connections", "half_handshakes", "oversized"]
 
 

@@ -14,6 +14,7 @@ from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
 
 A, B = pod_uid(1), pod_uid(2)
 NO_PERMISSION, GPU_IS_LOST, UNKNOWN_ERROR = 4, 15, 999
+NOT_SUPPORTED, FUNCTION_NOT_FOUND = 3, 13
 SET = "nvmlDeviceSetPowerManagementLimit"
 LIMIT = "nvmlDeviceGetPowerManagementLimit"
 COMPUTE = "nvmlDeviceGetComputeRunningProcesses"
@@ -308,14 +309,26 @@ def test_i5_an_unreadable_process_list_is_held(query: str) -> None:
         node.wait_limit(700)
 
 
-def test_a_board_without_graphics_and_mps_lists_is_no_fault() -> None:
+@pytest.mark.parametrize("lacking", [NOT_SUPPORTED, FUNCTION_NOT_FOUND])
+def test_a_board_without_graphics_and_mps_lists_is_no_fault(lacking: int) -> None:
     with EnforcerNode() as node:
         for query in ("nvmlDeviceGetGraphicsRunning*", "nvmlDeviceGetMPSComputeRunning*"):
-            node.gpus[0].fault(query, error=3)
+            node.gpus[0].fault(query, error=lacking)
         node.start()
         node.run_pod(A)
         node.snapshot({A: 300})
         assert node.limit() == 300
+
+
+def test_i5_a_driver_older_than_the_list_of_compute_processes_is_held() -> None:
+    with EnforcerNode() as node:
+        node.gpus.fault(COMPUTE, error=FUNCTION_NOT_FOUND)
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        gpu = node.gpu()
+        assert (gpu.state, node.limit()) == ("held", 700)
+        assert "FUNCTION_NOT_FOUND" in gpu.processes[0].evidence
 
 
 def test_a_process_list_that_outgrows_its_buffer_is_read_again() -> None:
