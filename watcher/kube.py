@@ -379,7 +379,7 @@ class _Details(msgspec.Struct, frozen=True):
 
 class _Status(msgspec.Struct, frozen=True):
     message: str = ""
-    details: _Details = _Details()
+    details: msgspec.Raw = msgspec.Raw(b"{}")  # a proxy's error has anything there
 
 
 def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
@@ -389,10 +389,10 @@ def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
         while len(body) < _STATUS_BYTES and (piece := response.read1(_STATUS_BYTES)):
             body += piece
     response.close()
-    try:
+    status, causes = _Status(), tuple[_Cause, ...]()
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         status = msgspec.json.decode(body, type=_Status)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        status = _Status()
+        causes = msgspec.json.decode(status.details, type=_Details).causes
     after = response.headers.get("Retry-After", "")
     retry_after_s = float(after) if after.isascii() and after.isdigit() else 0.0
     said = " ".join(status.message.split())[:300] or response.reason or "no reason given"
@@ -400,5 +400,5 @@ def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
         f"status {response.status}: {said}",
         response.status,
         retry_after_s,
-        too_large=any(cause.reason == "ResourceVersionTooLarge" for cause in status.details.causes),
+        too_large=any(cause.reason == "ResourceVersionTooLarge" for cause in causes),
     )

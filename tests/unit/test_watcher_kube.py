@@ -689,6 +689,25 @@ def test_retry_after_is_read(tmp_path: Path, after: bytes, seconds: float) -> No
     assert (failed.value.status, failed.value.retry_after_s) == (429, seconds)
 
 
+CAUSE = b'{"causes":[{"reason":"ResourceVersionTooLarge"}]}'
+
+
+@pytest.mark.parametrize(
+    "details", [b"[]", b"null", b'"words"', b'{"causes":null}', b'{"causes":[{"reason":1}]}', CAUSE]
+)
+def test_what_a_refusal_says_is_kept_whatever_its_details(tmp_path: Path, details: bytes) -> None:
+    """A proxy before the server has errors of another shape."""
+    body = b'{"message":"it is full","details":' + details + b"}"
+    said = b"HTTP/1.1 504 Away\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with (
+        Script(said) as server,
+        opened(plain(tmp_path, server.port)) as api,
+        pytest.raises(ApiError, match="status 504: it is full") as failed,
+    ):
+        ask(api)
+    assert failed.value.too_large == (details == CAUSE)
+
+
 def test_half_open_connections_are_noticed_by_the_kernel(tmp_path: Path) -> None:
     """Keepalive as set on the real socket: a vanished peer is dropped after about 25 s."""
     with (
