@@ -78,8 +78,10 @@ class Desk:
             raise m.RefusedError("stale", f"revision {new.revision} came after {last.revision}")
         if last and last.session != new.session:
             self._retired.append(last.session)
-            if time.monotonic() >= self._sessions_told_s:  # a storm of them is no storm of lines
-                self._sessions_told_s = time.monotonic() + _LIVING_S
+            now = time.monotonic()
+            # One right after a watcher's restart is told too; a storm is no storm of lines.
+            if self._sessions_told_s < now + 3 * _LIVING_S:
+                self._sessions_told_s = max(now, self._sessions_told_s) + _LIVING_S
                 self._log.info("watcher_session", session=new.session, replaces=last.session)
         self._counts.snapshots += 1
         self.changed |= self.desired().link != "living"  # what a silence had put off is due

@@ -183,7 +183,7 @@ def test_storms_of_contradictory_snapshots() -> None:
             "message_denied",
         }
         assert len(node.logs("message_denied")) < 20
-        assert len(node.logs("watcher_session")) <= 2 + HOSTILE_S / 10
+        assert len(node.logs("watcher_session")) <= 5 + HOSTILE_S / 10
         print(f"{sum(sent)} messages, {node.writes()} sets, {calm_mib:.0f}..{max(memory):.0f} MiB")
 
 

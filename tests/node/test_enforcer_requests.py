@@ -155,7 +155,18 @@ def test_a_storm_of_sessions_is_no_storm_of_lines() -> None:
             node.session, node.revision = f"session-{number}", 0
             node.snapshot({A: 300})
         assert node.status().watcher.session == "session-19"
-        assert [line["session"] for line in node.logs("watcher_session")] == ["session-1"]
+        told = [line["session"] for line in node.logs("watcher_session")]
+        assert told == [f"session-{number}" for number in range(1, 5)]
+
+
+def test_a_second_watcher_right_after_a_restart_of_the_real_one_is_logged() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        for session in ("before", "restarted", "intruder"):
+            node.session, node.revision = session, 0
+            node.snapshot({A: 300})
+        told = [(line["replaces"], line["session"]) for line in node.logs("watcher_session")]
+        assert told == [("before", "restarted"), ("restarted", "intruder")]
 
 
 def test_a_heartbeat_is_answered_and_changes_nothing() -> None:
