@@ -110,6 +110,11 @@ class Watching:
         """Whether this watch was a success, however it ends."""
         return time.monotonic() - self.since >= STEADY_S
 
+    @property
+    def silent(self) -> bool:
+        """Whether it was in doubt and has proved nothing in the time it had, however it ends."""
+        return self.doubtful and time.monotonic() - self.since >= DOUBT_S[0] - STEADY_S
+
 
 State = Listing | Relisting | Resuming | Watching
 
@@ -151,7 +156,12 @@ def after_failure(state: State, error: ApiError) -> State:
         return state
     if is_expiry(error):
         return Listing(rewound=error.too_large)
-    return state if isinstance(state, Relisting) else Resuming(state.version, doubtful=True)
+    if isinstance(state, Watching) and state.silent:
+        return Relisting(state.version)
+    # A doubt that the server does not let be settled must not cost the watch.
+    if isinstance(state, Relisting) and error.status not in (400, 403, 422):
+        return state
+    return Resuming(state.version, doubtful=True)
 
 
 class Backoff:
@@ -337,7 +347,7 @@ class Reflector:
         else:
             self._backoff.progress()
             self._stop.wait(self._backoff.end())
-        if state.doubtful and time.monotonic() - state.since >= DOUBT_S[0] - STEADY_S:
+        if state.silent:
             return Relisting(state.version)
         return Resuming(state.version, state.doubtful)
 

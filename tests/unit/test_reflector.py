@@ -521,6 +521,24 @@ def test_after_each_failure_it_is_known_where_to_go_on() -> None:
     assert reflector.after_failure(Listing(rewound=True), down) == Listing(rewound=True)
 
 
+@pytest.mark.parametrize(("lasted_s", "listed"), [(58.0, False), (60.0, True)])
+def test_a_watch_in_doubt_that_was_silent_for_a_minute_is_doubted_however_it_ends(
+    lasted_s: float, listed: bool
+) -> None:
+    """A proxy may cut what is silent for a minute before the server ends it in order."""
+    watch = Watching("9", ScriptedAnswer([]), time.monotonic() - lasted_s, doubtful=True)
+    following = Relisting("9") if listed else Resuming("9", doubtful=True)
+    assert reflector.after_failure(watch, ApiError("cut")) == following
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_a_server_that_refuses_to_list_what_is_no_older_is_watched_all_the_same(
+    status: int,
+) -> None:
+    refused = ApiError("not that", status)
+    assert reflector.after_failure(Relisting("7"), refused) == Resuming("7", doubtful=True)
+
+
 # ---------------------------------------------------------------------- byte by byte
 
 
