@@ -34,8 +34,9 @@ environment:
 
 def main() -> None:
     """Run one command and exit with its status."""
-    if sys.stdout is None:  # closed: the exit status is all that is wanted
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the exit status is all that is wanted
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the end
     arguments = _arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -43,7 +44,7 @@ def main() -> None:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except UnreachableError as error:
-        sys.stderr.write(tables.escape(f"powerctl: {error}") + "\n")
+        live.note(str(error))
         status = UNREACHABLE
     except KeyboardInterrupt:
         # The way that top and events end; who asked has no answer, and must not take it for good.
@@ -53,7 +54,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = GOOD
         if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(tables.escape(f"powerctl: cannot write: {error.strerror}") + "\n")
+            live.note(f"cannot write: {error.strerror}")
             status = WRONG_USE
     raise SystemExit(status)
 
@@ -162,8 +163,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     if explanation is None:
         likely = near(reply, arguments.subject)
         hint = f"like it: {', '.join(likely)}" if likely else "powerctl status lists what is known"
-        text = f"powerctl: no annotated pod and no GPU is called {arguments.subject!r}; {hint}"
-        sys.stderr.write(tables.escape(text) + "\n")
+        live.note(f"no annotated pod and no GPU is called {arguments.subject!r}; {hint}")
         return NOT_WELL
     if arguments.json:
         _print_json(explanation)
@@ -174,7 +174,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _top(arguments: argparse.Namespace) -> int:
     if not sys.stdout.isatty():
-        sys.stderr.write("powerctl: top needs a terminal; powerctl status prints once\n")
+        live.note("top needs a terminal; powerctl status prints once")
         return WRONG_USE
     live.top(arguments.socket, arguments.timeout, _paint())
     return GOOD

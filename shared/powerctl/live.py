@@ -1,6 +1,7 @@
 """The two commands that stay: the table that refreshes itself, and the decisions as they happen."""
 
 import json
+import os
 import select
 import shutil
 import sys
@@ -88,7 +89,7 @@ def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json:
         try:
             event = subscriber.receive(_SLICE_S)
         except msgspec.DecodeError as error:
-            _note(f"an event that this powerctl does not know: {error}")
+            note(f"an event that this powerctl does not know: {error}")
             continue
         if event is not None:
             if as_json:
@@ -120,13 +121,17 @@ def _look(run_dir: Path, timeout_s: float, *, here: bool) -> bool:
         ask(run_dir, messages.Ping(), messages.Pong, timeout_s)
     except UnreachableError as error:
         if here:
-            _note(f"enforcer not reachable: {error}")
+            note(f"enforcer not reachable: {error}")
         return False
     if not here:
-        _note("enforcer is back")
+        note("enforcer is back")
     return True
 
 
-def _note(text: str) -> None:
-    sys.stderr.write(tables.escape(f"powerctl: {text}") + "\n")
-    sys.stderr.flush()
+def note(text: str) -> None:
+    """Say something beside the output; where that cannot be written, the exit status tells."""
+    try:
+        sys.stderr.write(tables.escape(f"powerctl: {text}") + "\n")
+        sys.stderr.flush()
+    except OSError:  # without this the interpreter's own last flush would fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

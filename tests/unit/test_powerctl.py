@@ -401,7 +401,10 @@ def test_where_nothing_can_be_written_the_status_still_tells(run_dir: Path) -> N
     with responding(run_dir, answering(reply())):
         assert in_shell('"$0" "$@" >&-', run_dir) == (0, "", "")
         full = in_shell('"$0" "$@" >/dev/full', run_dir)
+        assert in_shell('"$0" "$@" >/dev/full 2>&-', run_dir) == (2, "", "")
     assert full == (2, "", "powerctl: cannot write: No space left on device\n")
+    for nowhere in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        assert in_shell(f'"$0" "$@" {nowhere}', run_dir) == (3, "", ""), nowhere
 
 
 def test_a_directory_that_no_path_can_name_is_wrong_use(tmp_path: Path) -> None:
