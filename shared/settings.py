@@ -60,11 +60,14 @@ class _Variable:
 
 
 def _text(value: str) -> str:
+    # A byte that is no UTF-8 (os.environ has it as a surrogate) fits into no message.
+    if not value.isprintable():
+        raise ValueError("not printable text")
     return value
 
 
 def _path(value: str) -> Path:
-    if not value.startswith("/"):
+    if not _text(value).startswith("/"):
         raise ValueError("not an absolute path")
     return Path(value)
 
@@ -77,7 +80,7 @@ def _run_dir(value: str) -> Path:
 
 
 def _cgroup_root(value: str) -> str:
-    if value != "auto" and not value.startswith("/"):
+    if value != "auto" and not _text(value).startswith("/"):
         raise ValueError("neither `auto` nor a cgroup path such as / or /kubelet.slice")
     return value if value == "auto" else value.rstrip("/") or "/"
 
@@ -157,7 +160,7 @@ def _lease(value: str) -> float | None:
 def _address(value: str) -> Address | None:
     if value == "off":
         return None
-    host, colon, port = value.rpartition(":")
+    host, colon, port = _text(value).rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError("neither `off` nor an address such as 0.0.0.0:9100")
     return Address(host.strip("[]"), int(port))
@@ -318,9 +321,6 @@ def parse_settings(kind: type[S], environment: Mapping[str, str]) -> S:
         if text is None and variable.required:
             raise SettingsError(f"{variable.name} is not set: set it to the {variable.meaning}")
         try:
-            # A byte that is no UTF-8 (os.environ has it as a surrogate) fits into no message.
-            if text and not text.isprintable():
-                raise ValueError("not printable text")
             values[key] = None if text is None else variable.parse(text)
         except ValueError as error:
             remedy = f"correct it ({variable.meaning})" + " or unset it" * (not variable.required)

@@ -135,6 +135,7 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", "watcher_uid", "0", 0),
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", "watcher_uid", "4294967294", 2**32 - 2),
     (EnforcerSettings, "POWER_AGENT_READER_UIDS", "reader_uids", "0, 1000,7", {0, 7, 1000}),
+    (EnforcerSettings, "POWER_AGENT_READER_UIDS", "reader_uids", "0,\n1000\n", {0, 1000}),
     (EnforcerSettings, "POWER_AGENT_SCAN_SECONDS", "scan_s", "0.05", 0.05),
     (EnforcerSettings, "POWER_AGENT_RECONCILE_SECONDS", "reconcile_s", "3600", 3600.0),
     (EnforcerSettings, "POWER_AGENT_MIN_WATTS", "min_mw", "48.75", 48_750),
@@ -257,6 +258,14 @@ def test_a_value_with_control_characters_or_a_huge_one_stays_one_short_line() ->
             parse_settings(EnforcerSettings, {"POWER_AGENT_CONFLICT": text})
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["/a\nb", "a\x9bb:1"])
+def test_what_the_watcher_says_of_itself_is_printable_too(text: str) -> None:
+    for name in ("KUBECONFIG", "POWER_AGENT_METRICS_ADDR", "NODE_NAME"):
+        with pytest.raises(SettingsError) as caught:
+            parse_settings(WatcherSettings, {"NODE_NAME": "a"} | {name: text})
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["RUN_DIR", "STATE_DIR", "PROC_ROOT", "CGROUP_ROOT"])
