@@ -156,6 +156,9 @@ class _Endpoint:
                 refused += event == zmq.EVENT_ACCEPT_FAILED
                 self.connections += event == zmq.EVENT_ACCEPTED
                 self.connections -= event == zmq.EVENT_DISCONNECTED and self.connections > 0
+        # A socket lets go of what ended connections leave behind when it is asked something, and
+        # nothing else asks the PUB while there is nothing to publish.
+        self.socket.getsockopt(zmq.EVENTS)
         if self.closed_until is None and self.connections > _CONNECTIONS:
             self.socket.unbind(f"ipc://{self.path}")
             self.closed_until = time.monotonic() + _CLOSED_S

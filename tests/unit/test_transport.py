@@ -829,6 +829,24 @@ def test_a_listener_with_a_topic_that_no_event_has_is_dropped(
         read_until(sock, None, lambda: server.receive(0.01))
 
 
+def test_listeners_that_come_and_go_leave_nothing_behind(server: Server, run_dir: Path) -> None:
+    """Also while there is nothing to publish, which may be for months."""
+
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def come_and_go(times: int) -> None:
+        for _ in range(times):
+            with raw(events_path(run_dir)) as sock:
+                sock.sendall(ZMTP3_GREETING + zmtp3_ready({b"Socket-Type": b"SUB"}))
+                read_until(sock, b"PUB", lambda: server.receive(0.001))
+
+    come_and_go(100)
+    before = resident_pages()
+    come_and_go(800)  # of 12 KiB each
+    assert (resident_pages() - before) * os.sysconf("SC_PAGESIZE") < 4 << 20
+
+
 @pytest.mark.root
 @needs_root
 def test_a_listener_of_another_uid_hears_nothing(run_dir: Path) -> None:
