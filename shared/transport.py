@@ -9,8 +9,8 @@ What is relied on, and why (libzmq 4.3.5):
 - `Peer-Address` of a received frame is `localhost:<uid>:<gid>:<pid>` as of connect time.
 - A ROUTER numbers its peers from rand(), which nobody seeds, and aborts where a peer has claimed
   the next number as its identity (socket_base.cpp, add_out_pipe).
-- A PUB reads subscriptions when something is published, all there are, and a topic costs it a node
-  for each byte (generic_mtrie_impl.hpp).
+- A PUB reads subscriptions when it is asked for anything, all there are, and a topic costs it a
+  node for each byte; each node is visited for each listener that goes (generic_mtrie_impl.hpp).
 """
 
 import contextlib
@@ -30,12 +30,16 @@ from shared import messages
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # RFC 27
 _HANDSHAKE_MS = 500
-_QUEUE = 64  # messages a peer may have waiting, each way
+_QUEUE = 64  # answers or events that may wait for a peer
+_ASKED = 4  # requests that may wait of a peer: an honest one waits for the answer to its last
 _FRAMES = 4  # kept of a message: one more than any may have
 _TURN = 64  # requests taken in one turn, so that a flood cannot starve the limits
 _BACKLOG = 64
 _CONNECTIONS = 128  # of one socket; a watcher and a few readers need a handful
 _SUBSCRIPTION_BYTES = 64  # a listener sends subscriptions and its handshake, nothing else
+_AGAIN_S = 0.05
+_TOPICS = 256  # of all listeners; `powerctl` has one, the empty one
+_ENTRIES_S, _ENTRIES = 100.0, 200.0  # connections of one uid: a second, and at once
 _CLOSED_S = 0.2  # how long nobody can connect when there were more
 # A second's credit: a thousand small requests, or 16 MiB.
 _CREDIT_S, _MESSAGE_S, _BYTE_S = 1.0, 1 / 1000, 1 / (16 << 20)
@@ -127,6 +131,7 @@ class _Endpoint:
     monitor: zmq.Socket[bytes]
     path: Path
     connections: int = 0
+    topics: int = 0  # counted before it listened
     closed_until: float | None = None
 
     def listen(self) -> int:
@@ -139,7 +144,26 @@ class _Endpoint:
         self.socket.setsockopt(zmq.USE_FD, _listen(self.path))
         self.socket.bind(f"ipc://{self.path}")
         self.closed_until, self.connections = None, 0
+        if self.socket.type == zmq.PUB:
+            self.topics = int(self.socket.getsockopt(zmq.TOPICS_COUNT))
         return refused
+
+    def drop(self) -> int:
+        """Drop all connections and listen no more for a moment; return how many there were."""
+        self.socket.unbind(f"ipc://{self.path}")
+        self.closed_until = time.monotonic() + _CLOSED_S
+        return self.connections
+
+    def note_topics(self) -> int:
+        """Drop all listeners where they have too many topics; return how many there were.
+
+        libzmq counts a topic when it gets its first listener and no less when they all have gone
+        (generic_mtrie_impl.hpp, rm), so those of honest listeners add up too: they come again.
+        """
+        if self.closed_until is not None:
+            return 0
+        topics = int(self.socket.getsockopt(zmq.TOPICS_COUNT))
+        return self.drop() if topics > self.topics + _TOPICS else 0
 
     def note(self) -> int:
         """Take what happened to connections; return how many were refused.
@@ -160,9 +184,7 @@ class _Endpoint:
         # nothing else asks the PUB while there is nothing to publish.
         self.socket.getsockopt(zmq.EVENTS)
         if self.closed_until is None and self.connections > _CONNECTIONS:
-            self.socket.unbind(f"ipc://{self.path}")
-            self.closed_until = time.monotonic() + _CLOSED_S
-            refused += self.connections
+            refused += self.drop()
         return refused
 
 
@@ -186,6 +208,7 @@ class Server:
             self._resting.register(watched, zmq.POLLIN)
         self._poller.register(self._router.socket, zmq.POLLIN)
         self._refused: int = 0
+        self._entries = dict.fromkeys(self._uids, (_ENTRIES, 0.0))
         self._credit_s, self._credited_s = _CREDIT_S, time.monotonic()
 
     def watch(self, fd: int) -> None:
@@ -198,7 +221,7 @@ class Server:
         sock.linger = 0
         sock.maxmsgsize = largest
         sock.sndhwm = _QUEUE
-        sock.rcvhwm = _QUEUE if kind == zmq.ROUTER else 1
+        sock.rcvhwm = _ASKED if kind == zmq.ROUTER else 1
         sock.handshake_ivl = _HANDSHAKE_MS
         sock.zap_domain = b"power-agent"
         for uid in self._uids:
@@ -234,10 +257,11 @@ class Server:
         poller = self._resting if rests else self._poller
         ready = dict(poller.poll(max(0, round(wait_s * 1000 + 0.499))))
         if self._zap in ready:
-            self._answer_zap()
+            self._answer_zaps()
         for endpoint in (self._router, self._events):
             if endpoint.monitor in ready:
                 self._refused += endpoint.note()
+        self._refused += self._events.note_topics()
         taken: list[Incoming] = []
         while self._router.socket in ready and len(taken) < _TURN and self._credit_s > 0:
             began_s = time.monotonic()
@@ -274,15 +298,35 @@ class Server:
         envelope = (frames[0].bytes, b"") if delimited else (frames[0].bytes,)
         return Incoming(envelope, payload, uid, pid)
 
+    def _answer_zaps(self) -> None:
+        """Answer all who wait, up to a turn's worth: one who has gone is asked about too."""
+        with contextlib.suppress(zmq.Again):
+            for _ in range(_TURN):
+                self._answer_zap()
+
     def _answer_zap(self) -> None:
         """Admit a connection whose kernel-proved uid may connect (RFC 27, NULL mechanism)."""
-        request = self._zap.recv_multipart()
+        request = self._zap.recv_multipart(zmq.NOBLOCK)
         version, sequence = request[0], request[1] if len(request) > 1 else b""
         address = request[3].decode("ascii", "replace") if len(request) > 3 else ""
-        admitted = version == b"1.0" and _credentials(address)[0] in self._uids
-        code, text = (b"200", b"OK") if admitted else (b"400", b"uid not admitted")
-        self._refused += not admitted
-        self._zap.send_multipart([b"1.0", sequence, code, text, b"", b""])
+        uid, code = _credentials(address)[0], b"400"
+        if version == b"1.0" and uid in self._entries:
+            code = b"200" if self._enters(uid) else b"300"  # "try later", in RFC 27
+        self._refused += code != b"200"
+        self._zap.send_multipart([b"1.0", sequence, code, b"", b"", b""])
+
+    def _enters(self, uid: int) -> bool:
+        """Tell whether one more of that uid may enter now.
+
+        What waits of one that has gone is taken all the same (router.cpp), and before what others
+        send, so there must not come more of it than is taken.
+        """
+        credit, credited_s = self._entries[uid]
+        now = time.monotonic()
+        credit = min(_ENTRIES, credit + (now - credited_s) * _ENTRIES_S)
+        enters = credit >= 1
+        self._entries[uid] = credit - enters, now
+        return enters
 
     def reply(self, incoming: Incoming, message: messages.Reply) -> None:
         """Send the answer; dropped where the client no longer takes it."""
@@ -344,8 +388,7 @@ class Client:
         """Wait for answers, a change of `connected` or a watched fd; raises msgspec.DecodeError."""
         ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
         if self._monitor in ready:
-            self.connected = _monitored(self._monitor) == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self.connections += self.connected
+            self._note()
         replies: list[messages.Reply] = []
         while self._socket in ready:
             try:
@@ -354,15 +397,26 @@ class Client:
                 break
         return replies
 
+    def _note(self) -> None:
+        self.connected = _monitored(self._monitor) == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        self.connections += self.connected
+
     def request(self, request: messages.Request, timeout_s: float) -> messages.Reply:
         """Ask and return the answer; raises TransportError when none came in time."""
         deadline = time.monotonic() + timeout_s
-        sent = self.send(request)
+        while self._monitor.poll(0):
+            self._note()
+        # Where what was sent went is known, or told next.
+        sent_over = self.connections + (not self.connected) if self.send(request) else None
         while (left_s := deadline - time.monotonic()) > 0:
-            replies = self.wait(left_s)
+            # The word that it is connected may come before it takes anything (socket_base.cpp,
+            # process_commands).
+            unsent = sent_over != self.connections
+            replies = self.wait(min(left_s, _AGAIN_S) if unsent else left_s)
             if replies:
                 return replies[0]
-            sent = sent or self.send(request)
+            if self.connected and sent_over != self.connections and self.send(request):
+                sent_over = self.connections  # an answer is lost with its connection
         raise TransportError(f"no answer within {timeout_s:g} s")
 
     def close(self) -> None:

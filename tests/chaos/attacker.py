@@ -165,6 +165,35 @@ class Attack:
                     each.close()
                 held.clear()
 
+    def greetings(self) -> None:
+        """Connections that go when the enforcer has begun to ask who they are."""
+        held: list[socket.socket] = []
+        while self.goes_on:
+            with contextlib.suppress(OSError):
+                held.append(connected(self.chance.choice([self.control, self.events])))
+                held[-1].sendall(GREETING)
+                self.sent += 1
+            if len(held) > 60:
+                held.pop(0).close()
+
+    def listeners(self) -> None:
+        """Listeners that come and go, some with topics that nobody has."""
+        while self.goes_on:
+            with contextlib.suppress(OSError), connected(self.events) as sock:
+                shake_hands(sock, b"SUB")
+                self.sent += 1
+                for _ in range(self.chance.choice([0, 1, 300, 3000])):
+                    topic = b"\x01" + self.chance.randbytes(60)
+                    sock.sendall(bytes([0, len(topic)]) + topic)
+
+    def full_queues(self) -> None:
+        """Requests that nobody waits for, as many as there is room for."""
+        while self.goes_on:
+            with contextlib.suppress(OSError), connected(self.control) as sock:
+                shake_hands(sock)
+                self.sent += 1
+                sock.sendall(b"\x00\x01\xc1" * 1000)
+
     def half_handshakes(self) -> None:
         """Greetings cut off anywhere, READY of any kind, commands before their time."""
         begun = GREETING + ready()

@@ -187,7 +187,12 @@ def test_storms_of_contradictory_snapshots() -> None:
         print(f"{sum(sent)} messages, {node.writes()} sets, {calm_mib:.0f}..{max(memory):.0f} MiB")
 
 
-@pytest.mark.parametrize("attack", ["connections", "half_handshakes", "oversized"])
+BELOW = [
+    *("connections", "greetings", "listeners", "full_queues", "half_handshakes", "oversized"),
+]
+
+
+@pytest.mark.parametrize("attack", BELOW)
 def test_below_the_messages(attack: str) -> None:
     with a_node() as node:
         node.start()
@@ -324,7 +329,7 @@ def test_everything_at_once_for_a_minute() -> None:
         node.run_pod(A, 0)
         node.run_host(1)
         node.run_pod(GONE, 3)
-        kinds = ["snapshots", "garbage", "connections", "half_handshakes", "oversized", "multipart"]
+        kinds = ["snapshots", "garbage", "multipart", *BELOW]
         deaths, most = 0, 0.0
         with attacked(node, *kinds, for_s=HOSTILE_S) as sent:
             end_s = time.monotonic() + HOSTILE_S

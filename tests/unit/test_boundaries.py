@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("enforcer", "watcher", "shared")
-ENFORCER_MAX_LINES = 1105  # of code: blank lines, comments and docstrings help the reader
+ENFORCER_MAX_LINES = 1057  # of code: blank lines, comments and docstrings help the reader
 FUNCTION_MAX_LINES = 60
 
 # Third-party packages that each side may import at all, its own side excepted.

@@ -25,9 +25,10 @@ import msgspec
 import pytest
 import zmq
 
-from shared import messages
+from shared import messages, transport
 from shared.messages import MAX_MESSAGE_BYTES, Error, Ping, Pong, SnapshotAccepted, Status
 from shared.transport import (
+    _TOPICS,
     Client,
     Incoming,
     Server,
@@ -286,6 +287,39 @@ def test_libzmq_ends_the_process_where_the_next_number_was_claimed() -> None:
     )
     assert done.returncode == -signal.SIGABRT
     assert "Assertion failed: ok" in done.stderr
+
+
+HUNG_UP = r"""
+import socket, sys, zmq
+context = zmq.Context()
+router = context.socket(zmq.ROUTER)
+router.rcvhwm = 4
+router.bind("ipc://" + sys.argv[1])
+greeting = b"\xff" + bytes(7) + b"\x01\x7f\x03\x00NULL" + bytes(48)
+ready = b"\x04\x1c\x05READY\x0bSocket-Type" + bytes(3) + b"\x06DEALER"
+for _ in range(50):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(sys.argv[1])
+        sock.sendall(greeting + ready)
+        while b"READY" not in sock.recv(4096):
+            pass
+        sock.sendall((b"\x00\x00" + b"\x04\x07\x04PING" + bytes(2)) * 200)
+    while router.poll(100):
+        router.recv_multipart()
+"""
+
+
+def test_libzmq_ends_the_process_where_a_peer_hangs_up_behind_a_full_queue(tmp_path: Path) -> None:
+    """Nothing here keeps an admitted peer from that (stream_engine_base.cpp, restart_input)."""
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG_UP, str(tmp_path / "s")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "Assertion failed: !_io_error" in done.stderr
 
 
 # A ZMTP 1.0 peer (RFC 13) and a 2.0 peer (RFC 15), each: greeting, empty identity, a message.
@@ -597,6 +631,55 @@ def test_after_a_crowd_it_listens_again_though_nothing_else_happens(
         assert time.monotonic() - began < DEADLINE_S / 2
 
 
+def test_a_uid_that_enters_too_often_waits_and_then_enters(
+    server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_ENTRIES_S", 1.0)
+    server._entries = dict.fromkeys(server._entries, (40.0, 0.0))
+    monkeypatch.setattr(transport, "_ENTRIES", 40.0)
+    began, entered = time.monotonic(), 0
+    while server.take_refused() == 0:
+        assert entered < 80
+        with raw(control_path(run_dir)) as sock, contextlib.suppress(AssertionError):
+            shake_hands(sock, server)
+            entered += 1
+    assert 40 <= entered <= 40 + time.monotonic() - began
+    client = Client(run_dir)
+    try:
+        answered(server, client)
+    finally:
+        client.close()
+
+
+def answered(server: Server, client: Client) -> None:
+    """Ask in a thread and answer here."""
+    replies: list[messages.Reply] = []
+    thread = threading.Thread(target=lambda: replies.append(client.request(Ping(), DEADLINE_S)))
+    thread.start()
+
+    def turn() -> bool:
+        for incoming in server.receive(0.01):
+            server.reply(incoming, PONG)
+        return not thread.is_alive()
+
+    until(turn, "an answer")
+    assert replies == [PONG]
+
+
+def test_an_answer_that_is_lost_with_its_connection_is_asked_for_again(
+    server: Server, client: Client
+) -> None:
+    replies: list[messages.Reply] = []
+    thread = threading.Thread(target=lambda: replies.append(client.request(Ping(), DEADLINE_S)))
+    thread.start()
+    take(server, 1)
+    server._router.drop()
+    [incoming] = take(server, 1)
+    server.reply(incoming, PONG)
+    thread.join(DEADLINE_S)
+    assert replies == [PONG]
+
+
 CROWDED = """
 import contextlib, os, socket, sys, time
 from pathlib import Path
@@ -816,6 +899,32 @@ def test_a_listener_that_does_not_read_delays_neither_server_nor_others(run_dir:
         until(hears(server, quick, event(9999)), "still heard")
 
 
+def shake_hands(sock: socket.socket, server: Server, kind: bytes = b"DEALER") -> None:
+    sock.sendall(ZMTP3_GREETING + zmtp3_ready({b"Socket-Type": kind}))
+    read_until(sock, b"READY", lambda: server.receive(0.01))
+
+
+def short_subscription(topic: bytes) -> bytes:
+    return bytes([0, 1 + len(topic), 1]) + topic
+
+
+def test_listeners_with_many_topics_are_dropped_and_honest_ones_hear(
+    server: Server, run_dir: Path
+) -> None:
+    """A tree of them takes memory, and seconds of the only thread when the listeners go."""
+    with subscribed(run_dir) as subscriber, raw(events_path(run_dir)) as sock:
+        shake_hands(sock, server, b"SUB")
+        topics = [b"%060d" % number for number in range(2 * _TOPICS)]
+        sock.sendall(b"".join(map(short_subscription, topics)))
+
+        def turn() -> None:
+            server.publish(event(0))  # as of each message that is refused
+            server.receive(0.01)
+
+        read_until(sock, None, turn)
+        until(hears(server, subscriber, event(1)), "heard")
+
+
 def zmtp3_subscription(topic: bytes) -> bytes:
     return b"\x02" + (1 + len(topic)).to_bytes(8, "big") + b"\x01" + topic
 
@@ -831,8 +940,11 @@ def test_a_listener_with_a_topic_that_no_event_has_is_dropped(
         read_until(sock, None, lambda: server.receive(0.01))
 
 
-def test_listeners_that_come_and_go_leave_nothing_behind(server: Server, run_dir: Path) -> None:
+def test_listeners_that_come_and_go_leave_nothing_behind(
+    server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also while there is nothing to publish, which may be for months."""
+    monkeypatch.setattr(transport, "_ENTRIES_S", 1e9)  # else they would hardly get in
 
     def resident_pages() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1])
