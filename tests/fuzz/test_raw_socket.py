@@ -46,6 +46,9 @@ def conversations() -> list[bytes]:
 HELD = 24  # open at a time: who closes at once is not listened to
 
 
+SAID = 8  # over one connection, for a uid may open only so many a second
+
+
 class Talker:
     """Says something to a socket and stays a little."""
 
@@ -67,10 +70,10 @@ class Talker:
             self._held.popleft().close()
 
     def _talk(self, sock: socket.socket) -> None:
-        said = mutated(self._chance, self._said)
         match self._chance.randrange(4):
             case 0:
                 sock.connect(str(control_path(self._run_dir)))
+                said = mutated(self._chance, self._said)
                 sock.sendall(mutated(self._chance, [GREETING + ready() + said]))
             case 1:
                 sock.connect(str(events_path(self._run_dir)))
@@ -79,7 +82,9 @@ class Talker:
             case _:
                 sock.connect(str(control_path(self._run_dir)))
                 shake_hands(sock)
-                sock.sendall(said)
+                sock.sendall(self._chance.choice(self._said))  # so that there is a state to harm
+                for _ in range(SAID):
+                    sock.sendall(mutated(self._chance, self._said))
 
     def end(self) -> None:
         while self._held:
