@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.chaos.scale import whole_only
 from tests.kube.agent_node import Audit
 from tests.kube.conftest import MakeNode
 from tests.kube.test_end_to_end import logged, wait_for_watch
 
 
+@whole_only
 @pytest.mark.timeout(180)
 def test_a_restored_cluster_is_followed_soon(make_node: MakeNode, audit: Audit) -> None:
     """The versions go back with a backup: a watch that goes on where it was brings nothing."""
