@@ -187,12 +187,12 @@ class Attack:
                     sock.sendall(bytes([0, len(topic)]) + topic)
 
     def full_queues(self) -> None:
-        """Requests that nobody waits for, as many as there is room for."""
+        """Requests that nobody waits for, more than there is room for."""
         while self.goes_on:
             with contextlib.suppress(OSError), connected(self.control) as sock:
                 shake_hands(sock)
                 self.sent += 1
-                sock.sendall(b"\x00\x01\xc1" * 1000)
+                sock.sendall(b"\x00\x01\xc1" * 20)
 
     def half_handshakes(self) -> None:
         """Greetings cut off anywhere, READY of any kind, commands before their time."""

@@ -44,8 +44,6 @@ def conversations() -> list[bytes]:
 
 
 HELD = 24  # open at a time: who closes at once is not listened to
-
-
 SAID = 8  # over one connection, for a uid may open only so many a second
 
 

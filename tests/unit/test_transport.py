@@ -644,40 +644,35 @@ def test_a_uid_that_enters_too_often_waits_and_then_enters(
             shake_hands(sock, server)
             entered += 1
     assert 40 <= entered <= 40 + time.monotonic() - began
-    client = Client(run_dir)
-    try:
-        answered(server, client)
-    finally:
-        client.close()
+    with contextlib.closing(Client(run_dir)) as client, asking(client) as replies:
+
+        def turn() -> bool:
+            for incoming in server.receive(0.01):
+                server.reply(incoming, PONG)
+            return bool(replies)
+
+        until(turn, "an answer")
 
 
-def answered(server: Server, client: Client) -> None:
-    """Ask in a thread and answer here."""
+@contextlib.contextmanager
+def asking(client: Client) -> Iterator[list[messages.Reply]]:
+    """Ask in a thread what is answered within; the answer is there at the end."""
     replies: list[messages.Reply] = []
     thread = threading.Thread(target=lambda: replies.append(client.request(Ping(), DEADLINE_S)))
     thread.start()
-
-    def turn() -> bool:
-        for incoming in server.receive(0.01):
-            server.reply(incoming, PONG)
-        return not thread.is_alive()
-
-    until(turn, "an answer")
+    yield replies
+    thread.join(DEADLINE_S)
     assert replies == [PONG]
 
 
 def test_an_answer_that_is_lost_with_its_connection_is_asked_for_again(
     server: Server, client: Client
 ) -> None:
-    replies: list[messages.Reply] = []
-    thread = threading.Thread(target=lambda: replies.append(client.request(Ping(), DEADLINE_S)))
-    thread.start()
-    take(server, 1)
-    server._router.drop()
-    [incoming] = take(server, 1)
-    server.reply(incoming, PONG)
-    thread.join(DEADLINE_S)
-    assert replies == [PONG]
+    with asking(client):
+        take(server, 1)
+        server._router.drop()
+        [incoming] = take(server, 1)
+        server.reply(incoming, PONG)
 
 
 CROWDED = """
@@ -807,12 +802,8 @@ def test_a_client_reconnects_after_a_restart_notices_it_and_sends_nothing_stale(
 def test_a_request_waits_for_an_enforcer_that_is_just_starting(
     run_dir: Path, client: Client
 ) -> None:
-    answers: list[messages.Reply] = []
-    thread = threading.Thread(target=lambda: answers.append(client.request(Ping(), DEADLINE_S)))
-    thread.start()
-    with answering(run_dir):
-        thread.join(DEADLINE_S)
-    assert answers == [PONG]
+    with asking(client) as replies, answering(run_dir):
+        until(lambda: replies, "an answer")
 
 
 def test_a_request_without_an_answer_ends_in_time(server: Server, client: Client) -> None:
@@ -904,8 +895,8 @@ def shake_hands(sock: socket.socket, server: Server, kind: bytes = b"DEALER") ->
     read_until(sock, b"READY", lambda: server.receive(0.01))
 
 
-def short_subscription(topic: bytes) -> bytes:
-    return bytes([0, 1 + len(topic), 1]) + topic
+def zmtp3_subscription(topic: bytes) -> bytes:
+    return b"\x02" + (1 + len(topic)).to_bytes(8, "big") + b"\x01" + topic
 
 
 def test_listeners_with_many_topics_are_dropped_and_honest_ones_hear(
@@ -915,7 +906,7 @@ def test_listeners_with_many_topics_are_dropped_and_honest_ones_hear(
     with subscribed(run_dir) as subscriber, raw(events_path(run_dir)) as sock:
         shake_hands(sock, server, b"SUB")
         topics = [b"%060d" % number for number in range(2 * _TOPICS)]
-        sock.sendall(b"".join(map(short_subscription, topics)))
+        sock.sendall(b"".join(map(zmtp3_subscription, topics)))
 
         def turn() -> None:
             server.publish(event(0))  # as of each message that is refused
@@ -925,17 +916,12 @@ def test_listeners_with_many_topics_are_dropped_and_honest_ones_hear(
         until(hears(server, subscriber, event(1)), "heard")
 
 
-def zmtp3_subscription(topic: bytes) -> bytes:
-    return b"\x02" + (1 + len(topic)).to_bytes(8, "big") + b"\x01" + topic
-
-
 def test_a_listener_with_a_topic_that_no_event_has_is_dropped(
     server: Server, run_dir: Path
 ) -> None:
     """Each byte of it would cost a node of a tree, in the thread that keeps the limits."""
     with raw(events_path(run_dir)) as sock:
-        sock.sendall(ZMTP3_GREETING + zmtp3_ready({b"Socket-Type": b"SUB"}))
-        read_until(sock, b"PUB", lambda: server.receive(0.01))
+        shake_hands(sock, server, b"SUB")
         sock.sendall(zmtp3_subscription(b"x" * 64))
         read_until(sock, None, lambda: server.receive(0.01))
 
@@ -952,8 +938,7 @@ def test_listeners_that_come_and_go_leave_nothing_behind(
     def come_and_go(times: int) -> None:
         for _ in range(times):
             with raw(events_path(run_dir)) as sock:
-                sock.sendall(ZMTP3_GREETING + zmtp3_ready({b"Socket-Type": b"SUB"}))
-                read_until(sock, b"PUB", lambda: server.receive(0.001))
+                shake_hands(sock, server, b"SUB")
 
     come_and_go(100)
     before = resident_pages()
