@@ -28,6 +28,7 @@ import zmq
 
 from shared import messages
 
+_M_ARENA_MAX = -8  # malloc.h
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # RFC 27
 _HANDSHAKE_MS = 500
 _QUEUE = 64  # answers or events that may wait for a peer
@@ -199,7 +200,10 @@ class Server:
         self._zap: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
-        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
+        libc = ctypes.CDLL(None)
+        libc.srand(int.from_bytes(os.urandom(4), "little"))
+        # With a heap for each thread (mallopt(3)), what an attack has filled serves no other.
+        libc.mallopt(_M_ARENA_MAX, 1)
         self._router = self._open(zmq.ROUTER, control_path(run_dir), messages.MAX_MESSAGE_BYTES)
         self._events = self._open(zmq.PUB, events_path(run_dir), _SUBSCRIPTION_BYTES)
         self._poller, self._resting = zmq.Poller(), zmq.Poller()
