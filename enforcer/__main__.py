@@ -8,10 +8,12 @@ from pathlib import Path
 from enforcer import privileges, procfs
 from enforcer.agent import Agent
 from enforcer.ledger import Ledger, LedgerError
+from enforcer.server import Server, prepare_directory
+from enforcer.settings import EnforcerSettings
+from enforcer.signals import StopSignal
 from shared import __version__, settings
 from shared.logs import Log
-from shared.signals import StopSignal
-from shared.transport import Server, TransportError, prepare_directory
+from shared.sockets import TransportError
 
 _NAME = "power-agent-enforcer"
 _PURPOSE = "Sets the power limits of this node's GPUs as the watcher asks, and gives them back."
@@ -21,7 +23,7 @@ _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 def main() -> int:
     """Run until SIGTERM or SIGINT; returns the exit status."""
-    config = settings.from_command_line(_NAME, _PURPOSE, settings.EnforcerSettings)
+    config = settings.from_command_line(_NAME, _PURPOSE, EnforcerSettings)
     log = Log("enforcer", config.log_level, config.log_format)
     stop = StopSignal()
     try:
@@ -54,7 +56,7 @@ def main() -> int:
     return 0
 
 
-def _refuse_token(config: settings.EnforcerSettings, log: Log) -> None:
+def _refuse_token(config: EnforcerSettings, log: Log) -> None:
     if config.in_kubernetes and _TOKEN.exists():
         if not config.supervised:
             remedy = "set automountServiceAccountToken: false and mount it into the watcher alone"

@@ -6,17 +6,18 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
+from enforcer import standing
 from enforcer.desk import Desk
 from enforcer.gpus import WRITE_GAP_S, Card, Gpus, Retry
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.nvml import NvmlError
 from enforcer.policy import Desired, Owned, bounds, plan
 from enforcer.procfs import ProcessReader
-from shared import __version__, standing
+from enforcer.server import Server
+from enforcer.settings import EnforcerSettings
+from shared import __version__
 from shared import messages as m
 from shared.logs import Log
-from shared.settings import EnforcerSettings
-from shared.transport import Server
 from shared.units import MAX_MW, same_limit
 
 _WAITING_SCAN_S, _EARLY = 0.1, 6  # a CUDA context comes seconds after its pod; six waits: 63 s

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from enforcer.policy import Desired
+from enforcer.server import Incoming, Server
+from enforcer.settings import EnforcerSettings
 from shared import __version__
 from shared import messages as m
 from shared.logs import Log
-from shared.settings import EnforcerSettings
-from shared.transport import Incoming, Server
 
 _LIVING_S = 10.0  # a watcher repeats its snapshot every two seconds; silent beyond this
 _MISSED_S = 5.0  # two heartbeats and a turn

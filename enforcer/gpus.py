@@ -9,9 +9,9 @@ from enforcer import procfs
 from enforcer.nvml import Handle, Nvml, NvmlError
 from enforcer.policy import Decision, Desired, Occupants, Owned, SeenGpu
 from enforcer.procfs import ProcessReader
+from enforcer.server import Server
 from shared import messages as m
 from shared.logs import Log
-from shared.transport import Server
 
 WRITE_GAP_S = 0.1  # frequent writes disturb collective operations on the GPU
 _DOUBLINGS = 5  # 1, 2, 4 ... 32 s

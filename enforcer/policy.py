@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
+from enforcer.settings import EnforcerSettings
 from shared.messages import GpuState, LimitMw
-from shared.settings import EnforcerSettings
 from shared.units import format_watts as w
 from shared.units import same_limit
 

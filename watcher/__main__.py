@@ -7,15 +7,16 @@ import threading
 import time
 
 from shared import __version__
+from shared.client import Client
 from shared.logs import Log
-from shared.settings import SettingsError, WatcherSettings, exit_usage, from_command_line
-from shared.transport import Client
+from shared.settings import SettingsError, exit_usage, from_command_line
 from watcher import health, metrics
 from watcher.events import Recorder
 from watcher.kube import Api
 from watcher.metadata import PodReader
 from watcher.publisher import Mailbox, Publisher
 from watcher.reflector import LIST_TIMEOUT_S, WATCH_S, WATCH_SLACK_S, Reflector, Scope
+from watcher.settings import WatcherSettings
 
 _PROGRAM = "power-agent-watcher"
 _PURPOSE = "Follows the power-limit annotations of this node's pods and tells the enforcer."

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 
-from shared.settings import Address, SettingsError
+from shared.settings import SettingsError
+from watcher.settings import Address
 
 # A path's page: status, content type, body.
 Page = Callable[[], tuple[int, str, str]]

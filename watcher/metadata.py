@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.messages import Id, Name
-from shared.settings import CONFIG_HASH
 from watcher import annotations
+from watcher.settings import CONFIG_HASH
 
 LIST_ACCEPT = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 WATCH_ACCEPT = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"

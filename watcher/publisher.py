@@ -31,7 +31,7 @@ _SHOWN = 16  # pods named in one log line
 
 
 class Client(Protocol):
-    """What `shared.transport.Client` offers."""
+    """What `shared.client.Client` offers."""
 
     connected: bool
     connections: int

@@ -16,9 +16,10 @@ from typing import BinaryIO
 import msgspec
 
 from shared import messages
+from shared.client import Client
 from shared.logs import Log
 from shared.settings import CommonSettings, SettingsError, parse_settings
-from shared.transport import Client, TransportError
+from shared.sockets import TransportError
 
 PING_TIMEOUT_S = 2.0
 # Pings in a row, one every five seconds (TICK_5).

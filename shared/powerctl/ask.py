@@ -10,8 +10,9 @@ from typing import TypeVar
 import msgspec
 
 from shared import messages
+from shared.client import Client
 from shared.powerctl.check import WAITS
-from shared.transport import Client, TransportError, control_path
+from shared.sockets import TransportError, control_path
 
 R = TypeVar("R", bound=messages.Reply)
 _PROBE_S = 0.5

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from shared import messages
+from shared.client import Subscriber
 from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError, ask
-from shared.transport import Subscriber
 
 _REFRESH_S = 1.0
 _SLICE_S = 0.25  # how soon a closed pipe is noticed while nothing happens

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared import messages
 from shared.powerctl.check import LOG, WAITS, Check, fail, warn
-from shared.transport import control_path, events_path
+from shared.sockets import control_path, events_path
 
 # PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: the first pid namespace's inode.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"

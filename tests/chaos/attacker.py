@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from shared.messages import MAX_MESSAGE_BYTES, MAX_PODS
-from shared.transport import control_path, events_path
+from shared.sockets import control_path, events_path
 
 # ZMTP 3.0 (RFC 23): signature, version, mechanism, as-server and filler.
 GREETING = b"\xff" + bytes(7) + b"\x01\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from shared import messages as m
-from shared.transport import Client, TransportError
+from shared.client import Client
+from shared.sockets import TransportError
 from tests.chaos.scale import HOSTILE_S, SEED, whole_only
 from tests.chaos.witness import SETS_A_SECOND, S
 from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid, wait_until
@@ -105,7 +106,7 @@ AS_WATCHER = """
 import os, sys, time
 from pathlib import Path
 from shared import messages as m
-from shared.transport import Client
+from shared.client import Client
 uid, run_dir, pod, session = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(uid); os.setuid(uid)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from shared.transport import control_path, events_path
+from shared.sockets import control_path, events_path
 from tests.chaos.attacker import GREETING, frame, ready, shake_hands
 from tests.chaos.scale import HOSTILE_S, SEED
 from tests.fuzz.mutation import mutated

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import zmq
 
 from shared import messages as m
-from shared.transport import Client, TransportError, control_path
+from shared.client import Client
+from shared.sockets import TransportError, control_path
 from tests.simnode.gpus import Kind, SimGpu, SimGpus
 
 REPOSITORY = Path(__file__).parents[2]

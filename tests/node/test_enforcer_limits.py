@@ -7,7 +7,7 @@ import json
 import pytest
 
 from shared import messages as m
-from shared.transport import Subscriber
+from shared.client import Subscriber
 from tests.node.enforcer_harness import HOST_CGROUP, EnforcerNode, pod_cgroup, pod_uid, wait_until
 from tests.simnode.gpus import Kind
 

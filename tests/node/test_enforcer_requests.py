@@ -23,7 +23,8 @@ AS_ANOTHER = """
 import json, os, sys
 from pathlib import Path
 from shared import messages as m
-from shared.transport import Client, TransportError
+from shared.client import Client
+from shared.sockets import TransportError
 uid, what, run_dir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 os.setgroups([])
 os.setgid(uid)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from enforcer.server import Server
 from shared import messages as m
-from shared.transport import Server
 from tests.node.enforcer_harness import REPOSITORY, wait_until
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.kubeapi import KubeApi

@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from enforcer.settings import EnforcerSettings
 from shared import __version__
-from shared.settings import (
-    DEFAULT_RUN_DIR,
-    EnforcerSettings,
-    SettingsError,
-    WatcherSettings,
-    parse_settings,
-)
+from shared.settings import DEFAULT_RUN_DIR, SettingsError, parse_settings
 from tests.kube.chart import (
     CHART,
     DEPLOY,
@@ -36,6 +31,7 @@ from tests.kube.chart import (
     template,
     without_helm_labels,
 )
+from watcher.settings import WatcherSettings
 
 MONITORING = {
     each: {"enabled": True} for each in ("podMonitor", "prometheusRule", "dashboard")

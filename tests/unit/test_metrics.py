@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from shared import __version__
 from shared import messages as m
-from shared.settings import Address, SettingsError
+from shared.settings import SettingsError
 from watcher import health, metrics
 from watcher.metrics import Counts, Link
+from watcher.settings import Address
 
 # ---------------------------------------------------------------------- a strict reader
 

@@ -15,7 +15,8 @@ from enforcer.policy import (
     Stranger,
     plan,
 )
-from shared.settings import EnforcerSettings, SafeDefault, parse_settings
+from enforcer.settings import EnforcerSettings, SafeDefault
+from shared.settings import parse_settings
 
 A, B, C = "pod-a", "pod-b", "pod-c"
 GPU = "GPU-1"

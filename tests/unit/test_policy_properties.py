@@ -24,7 +24,8 @@ from enforcer.policy import (
     Stranger,
     plan,
 )
-from shared.settings import EnforcerSettings, SafeDefault, parse_settings
+from enforcer.settings import EnforcerSettings, SafeDefault
+from shared.settings import parse_settings
 
 # Few values, so that pods meet, limits coincide and bounds cut.
 PODS = ("a", "b", "c")

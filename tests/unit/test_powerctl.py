@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from enforcer.server import Server
 from shared import __version__, messages
 from shared.messages import (
     Counters,
@@ -40,7 +41,7 @@ from shared.messages import (
 )
 from shared.powerctl import live, node_checks, reply_checks, tables
 from shared.powerctl.explain import explain, near
-from shared.transport import Server, control_path
+from shared.sockets import control_path
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 20.0

@@ -40,7 +40,7 @@ class Lines(Log):
 
 
 class Link:
-    """The enforcer as `shared.transport.Client` shows it; records what reaches it."""
+    """The enforcer as `shared.client.Client` shows it; records what reaches it."""
 
     def __init__(self) -> None:
         self.connected, self.connections, self.takes = False, 0, True

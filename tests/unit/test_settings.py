@@ -9,16 +9,9 @@ from typing import Any
 
 import pytest
 
-from shared.settings import (
-    Address,
-    CommonSettings,
-    EnforcerSettings,
-    SafeDefault,
-    SettingsError,
-    WatcherSettings,
-    parse_settings,
-    run_dir_from_environment,
-)
+from enforcer.settings import EnforcerSettings, SafeDefault
+from shared.settings import CommonSettings, SettingsError, parse_settings, run_dir_from_environment
+from watcher.settings import Address, WatcherSettings
 
 REPOSITORY = Path(__file__).parents[2]
 NODE = {"NODE_NAME": "node-a"}
@@ -311,15 +304,21 @@ def test_a_client_reads_the_socket_directory_alone(monkeypatch: pytest.MonkeyPat
         assert run_dir_from_environment() == Path("/run/power-agent")
 
 
+KINDS = {"EnforcerSettings": EnforcerSettings, "WatcherSettings": WatcherSettings}
 PROGRAM = (
-    "from shared import settings; s = settings.from_command_line('prog', 'What it does.', "
-    "settings.{kind}); print(s.log_format)"
+    "from shared import settings; from {module} import {kind}; "
+    "s = settings.from_command_line('prog', 'What it does.', {kind}); print(s.log_format)"
 )
 
 
 def run(kind: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(kind=kind), *arguments],
+        [
+            sys.executable,
+            "-c",
+            PROGRAM.format(kind=kind, module=KINDS[kind].__module__),
+            *arguments,
+        ],
         cwd=REPOSITORY,
         env={"PATH": os.environ["PATH"], "COLUMNS": "80"} | environment,
         capture_output=True,
@@ -339,8 +338,7 @@ def test_help_lists_every_variable_with_its_default(kind: str, names: set[str]) 
     for name in names:
         entry = shown.split(f"  {name}\n")[1].split("\n")[0]
         assert "(required)" in entry or "(default: " in entry, name
-    settings: type[CommonSettings] = getattr(sys.modules["shared.settings"], kind)
-    for field in dataclasses.fields(settings):
+    for field in dataclasses.fields(KINDS[kind]):
         variable = field.metadata["variable"]
         assert variable.required or f"(default: {variable.default or 'none'})" in shown
 

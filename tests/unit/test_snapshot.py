@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.messages import MAX_PODS, DesiredPod
-from shared.settings import CONFIG_HASH
 from watcher import metadata, snapshot
 from watcher.annotations import read
 from watcher.metadata import Pod, PodReader
+from watcher.settings import CONFIG_HASH
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE_OWNS = [{"apiVersion": "v1", "kind": "Node", "name": "node-a", "uid": "n", "controller": True}]

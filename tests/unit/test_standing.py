@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from enforcer import standing
 from shared import messages as m
-from shared import standing
 
 A, B = "pod-a", "pod-b"
 

@@ -52,7 +52,7 @@ if program == "watcher":
     while True:
         signal.pause()
 from shared import messages
-from shared.transport import Server
+from enforcer.server import Server
 server = Server(pathlib.Path(os.environ["POWER_AGENT_RUN_DIR"]), [os.getuid()])
 while True:
     for request in server.receive(1):

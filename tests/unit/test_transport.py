@@ -25,19 +25,12 @@ import msgspec
 import pytest
 import zmq
 
-from shared import messages, transport
+from enforcer import server as transport
+from enforcer.server import _TOPICS, Incoming, Server, _credentials
+from shared import messages
+from shared.client import Client, Subscriber
 from shared.messages import MAX_MESSAGE_BYTES, Error, Ping, Pong, SnapshotAccepted, Status
-from shared.transport import (
-    _TOPICS,
-    Client,
-    Incoming,
-    Server,
-    Subscriber,
-    TransportError,
-    _credentials,
-    control_path,
-    events_path,
-)
+from shared.sockets import TransportError, control_path, events_path
 
 DEADLINE_S = 20.0
 DEADLINE_MS = 20_000
@@ -678,7 +671,8 @@ def test_an_answer_that_is_lost_with_its_connection_is_asked_for_again(
 CROWDED = """
 import contextlib, os, socket, sys, time
 from pathlib import Path
-from shared.transport import Server, control_path
+from enforcer.server import Server
+from shared.sockets import control_path
 run_dir = Path(sys.argv[1])
 server = Server(run_dir, [os.geteuid()])
 

@@ -22,7 +22,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- with .Values.image.digest }}@{{ . }}{{ end }}
 {{- end }}
 
-{{- /* Where a setting is not given, these are the agent's own defaults (shared/settings.py). */ -}}
+{{- /* Where a setting is not given, these are the agent's own defaults (each program's settings.py). */ -}}
 {{- define "power-agent.annotation" -}}
 {{ .Values.settings.annotation | default "dynamo.nvidia.com/gpu-power-limit" }}
 {{- end }}

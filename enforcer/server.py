@@ -1,4 +1,4 @@
-"""ZeroMQ over ipc: the only file that imports zmq, so that its sharp edges are blunted once.
+"""The enforcer's end of the sockets, and the only file of the root side that imports zmq.
 
 What is relied on, and why (libzmq 4.3.5):
 - libzmq's own bind unlinks whatever lies at the path and gives the socket the umask's mode.
@@ -18,7 +18,6 @@ import ctypes
 import os
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 import zmq
 
 from shared import messages
+from shared.sockets import TransportError, connection_event, control_path, events_path
 
 _M_ARENA_MAX = -8  # malloc.h
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # RFC 27
@@ -38,16 +38,11 @@ _TURN = 64  # requests taken in one turn, so that a flood cannot starve the limi
 _BACKLOG = 64
 _CONNECTIONS = 128  # of one socket; a watcher and a few readers need a handful
 _SUBSCRIPTION_BYTES = 64  # a listener sends subscriptions and its handshake, nothing else
-_AGAIN_S = 0.05  # how soon a client tries again to send what was not taken
 _TOPICS = 256  # of all listeners; `powerctl` has one, the empty one
 _ENTRIES_S, _ENTRIES = 100.0, 200.0  # connections of one uid: a second, and at once
 _CLOSED_S = 0.2  # how long nobody can connect when there were more
 # A second's credit: a thousand small requests, or 16 MiB.
 _CREDIT_S, _MESSAGE_S, _BYTE_S = 1.0, 1 / 1000, 1 / (16 << 20)
-
-
-class TransportError(Exception):
-    """The socket directory cannot be used, or nobody answers there; the text names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +55,12 @@ class Incoming:
     pid: int
 
 
-def control_path(run_dir: Path) -> Path:
-    """Return where requests are answered."""
-    return run_dir / "control.sock"
-
-
-def events_path(run_dir: Path) -> Path:
-    """Return where decisions are published."""
-    return run_dir / "events.sock"
-
-
 def _credentials(address: str) -> tuple[int | None, int]:
     """Return (uid, pid) of a kernel-made peer address; uid None where there is no proof."""
     parts = address.rsplit(":", 3)  # from the right: nothing before can shift the fields
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts[1:]):
         return None, 0
     return int(parts[1]), int(parts[3])
-
-
-def _monitored(monitor: zmq.Socket[bytes]) -> int:
-    """Return the next event of a monitor (zmq_socket_monitor(3): 16 bits event, 32 bits value).
-
-    pyzmq's own helper for this imports asyncio and with it 6 MB.
-    """
-    event: int = struct.unpack_from("=H", monitor.recv_multipart(zmq.NOBLOCK)[0])[0]
-    return event
 
 
 def prepare_directory(run_dir: Path) -> None:
@@ -177,7 +153,7 @@ class _Endpoint:
         refused = 0
         with contextlib.suppress(zmq.Again):
             for _ in range(_TURN):
-                event = _monitored(self.monitor)
+                event = connection_event(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
                 refused += event == zmq.EVENT_ACCEPT_FAILED
                 self.connections += event == zmq.EVENT_ACCEPTED
                 self.connections -= event == zmq.EVENT_DISCONNECTED and self.connections > 0
@@ -348,103 +324,3 @@ class Server:
         self._context.destroy(linger=200)
         for endpoint in (self._router, self._events):
             endpoint.path.unlink(missing_ok=True)
-
-
-class Client:
-    """A DEALER towards the enforcer that knows whether somebody is there.
-
-    One message at most waits and none is kept for an enforcer that is away (IMMEDIATE): after a
-    reconnect only what is sent then arrives, never something stale.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        """Connect, now or whenever the enforcer is there."""
-        self._context = zmq.Context(io_threads=1)
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.linger = 0
-        self._socket.sndhwm = 1
-        self._socket.immediate = True
-        self._socket.reconnect_ivl = 50
-        self._socket.handshake_ivl = 2000
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        self.connected = False
-        self.connections = 0  # rises with each connection, so that a restart is noticed
-        self._socket.connect(f"ipc://{control_path(run_dir)}")
-
-    def watch(self, fd: int) -> None:
-        """Let `wait` return when `fd` is readable too."""
-        self._poller.register(fd, zmq.POLLIN)
-
-    def send(self, request: messages.Request) -> bool:
-        """Send `request`; False where the enforcer is away or does not take it now."""
-        try:
-            self._socket.send(messages.encode(request), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def wait(self, timeout_s: float) -> list[messages.Reply]:
-        """Wait for answers, a change of `connected` or a watched fd; raises msgspec.DecodeError."""
-        ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
-        if self._monitor in ready:
-            self._note()
-        replies: list[messages.Reply] = []
-        while self._socket in ready:
-            try:
-                replies.append(messages.decode_reply(self._socket.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                break
-        return replies
-
-    def _note(self) -> None:
-        self.connected = _monitored(self._monitor) == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        self.connections += self.connected
-
-    def request(self, request: messages.Request, timeout_s: float) -> messages.Reply:
-        """Ask and return the answer; raises TransportError when none came in time."""
-        deadline = time.monotonic() + timeout_s
-        while self._monitor.poll(0):
-            self._note()
-        # Where what was sent went is known, or told next.
-        sent_over = self.connections + (not self.connected) if self.send(request) else None
-        while (left_s := deadline - time.monotonic()) > 0:
-            # The word that it is connected may come before it takes anything (socket_base.cpp,
-            # process_commands).
-            unsent = sent_over != self.connections
-            replies = self.wait(min(left_s, _AGAIN_S) if unsent else left_s)
-            if replies:
-                return replies[0]
-            if self.connected and sent_over != self.connections and self.send(request):
-                sent_over = self.connections  # an answer is lost with its connection
-        raise TransportError(f"no answer within {timeout_s:g} s")
-
-    def close(self) -> None:
-        """Let go of the socket; nothing is sent after this."""
-        self._context.destroy(linger=0)
-
-
-class Subscriber:
-    """A listener to the enforcer's events."""
-
-    def __init__(self, run_dir: Path) -> None:
-        """Connect, now or whenever the enforcer is there."""
-        self._context = zmq.Context(io_threads=1)
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
-        self._socket.linger = 0
-        self._socket.subscribe(b"")
-        self._socket.connect(f"ipc://{events_path(run_dir)}")
-
-    def receive(self, timeout_s: float) -> messages.Event | None:
-        """Return the next event, None when none came in time; raises msgspec.DecodeError."""
-        if not self._socket.poll(round(timeout_s * 1000)):
-            return None
-        return messages.decode_event(self._socket.recv())
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._context.destroy(linger=0)

@@ -1,0 +1,155 @@
+"""What the enforcer reads from its environment; limits in milliwatts."""
+
+# ruff: noqa: RUF009 - `setting` only makes a dataclass field
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shared.settings import (
+    CommonSettings,
+    SettingsError,
+    choice,
+    flag,
+    path_value,
+    seconds,
+    setting,
+    text_value,
+)
+from shared.units import format_watts, parse_watts
+
+
+@dataclass(frozen=True, slots=True)
+class SafeDefault:
+    """A limit for GPUs whose pods ask nothing usable: milliwatts, or a share of the factory's."""
+
+    limit_mw: int | None = None
+    percent: int | None = None
+
+    def for_gpu(self, default_mw: int) -> int:
+        """Return the milliwatts for a GPU whose factory default is `default_mw`, rounded down."""
+        return (
+            self.limit_mw if self.limit_mw is not None else default_mw * (self.percent or 0) // 100
+        )
+
+
+def _cgroup_root(value: str) -> str:
+    if value != "auto" and not text_value(value).startswith("/"):
+        raise ValueError("neither `auto` nor a cgroup path such as / or /kubelet.slice")
+    return value if value == "auto" else value.rstrip("/") or "/"
+
+
+def _uid(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", value) or int(value) >= 2**32 - 1:
+        raise ValueError("not a numeric user id")
+    return int(value)
+
+
+def _uids(value: str) -> frozenset[int]:
+    return frozenset(_uid(part.strip()) for part in value.split(",") if part.strip())
+
+
+def _safe_default(value: str) -> SafeDefault:
+    percent = re.fullmatch(r"([0-9]{1,3})%", value)
+    if percent is None:
+        return SafeDefault(limit_mw=parse_watts(value))
+    if not 1 <= int(percent.group(1)) <= 100:
+        raise ValueError("a share is between 1% and 100%")
+    return SafeDefault(percent=int(percent.group(1)))
+
+
+def _lease(value: str) -> float | None:
+    if value == "hold":
+        return None
+    kind, _, after = value.partition(":")
+    if kind != "release":
+        raise ValueError("neither `hold` nor `release:<seconds>`")
+    return seconds(after)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnforcerSettings(CommonSettings):
+    """What the enforcer reads; limits in milliwatts, None where nothing is set."""
+
+    state_dir: Path = setting(
+        "POWER_AGENT_STATE_DIR",
+        "/var/lib/power-agent",
+        "the ledger, on disk that outlives the pod",
+        path_value,
+    )
+    proc_root: Path = setting("POWER_AGENT_PROC_ROOT", "/proc", "the host's proc", path_value)
+    cgroup_root: str = setting(
+        "POWER_AGENT_CGROUP_ROOT",
+        "auto",
+        "parent of the kubelet's kubepods cgroup; auto learns it from the own pod",
+        _cgroup_root,
+    )
+    watcher_uid: int = setting(
+        "POWER_AGENT_WATCHER_UID", "65532", "the only uid whose snapshots count", _uid
+    )
+    reader_uids: frozenset[int] = setting(
+        "POWER_AGENT_READER_UIDS", "0", "uids that may ask and listen, comma separated", _uids
+    )
+    scan_s: float = setting(
+        "POWER_AGENT_SCAN_SECONDS", "1", "how often GPU process lists are read", seconds
+    )
+    reconcile_s: float = setting(
+        "POWER_AGENT_RECONCILE_SECONDS",
+        "15",
+        "how often every limit is read back and drift mended",
+        seconds,
+    )
+    min_mw: int | None = setting(
+        "POWER_AGENT_MIN_WATTS", None, "administrator's lower bound in watts", parse_watts
+    )
+    max_mw: int | None = setting(
+        "POWER_AGENT_MAX_WATTS", None, "administrator's upper bound in watts", parse_watts
+    )
+    safe_default: SafeDefault | None = setting(
+        "POWER_AGENT_SAFE_DEFAULT",
+        None,
+        "limit for GPUs whose pods ask nothing usable: 300 or 70%",
+        _safe_default,
+    )
+    conflict: Literal["lowest", "safe-default"] = setting(
+        "POWER_AGENT_CONFLICT",
+        "lowest",
+        "several pods, different limits: lowest or safe-default",
+        choice("lowest", "safe-default"),
+    )
+    release_to: Literal["original", "default"] = setting(
+        "POWER_AGENT_RELEASE_TO",
+        "original",
+        "given back: the limit found (original) or the factory default",
+        choice("original", "default"),
+    )
+    on_exit: Literal["restore", "hold"] = setting(
+        "POWER_AGENT_ON_EXIT",
+        "restore",
+        "on SIGTERM: restore every GPU, or hold the limits",
+        choice("restore", "hold"),
+    )
+    lease_s: float | None = setting(
+        "POWER_AGENT_LEASE", "hold", "watcher silent: hold, or release:<seconds>", _lease
+    )
+    dry_run: bool = setting(
+        "POWER_AGENT_DRY_RUN", "false", "decide and report, never write a limit", flag
+    )
+    supervised: bool = setting(
+        "POWER_AGENT_SUPERVISED", "false", "shares its container with the watcher", flag
+    )
+
+    def check(self) -> None:
+        """Raise SettingsError where two settings contradict each other."""
+        low, high = self.min_mw, self.max_mw
+        if low is not None and high is not None and low > high:
+            raise SettingsError(
+                f"POWER_AGENT_MIN_WATTS={format_watts(low)} is above "
+                f"POWER_AGENT_MAX_WATTS={format_watts(high)}: lower the first or raise the second"
+            )
+        if self.conflict == "safe-default" and self.safe_default is None:
+            raise SettingsError(
+                "POWER_AGENT_CONFLICT='safe-default' needs POWER_AGENT_SAFE_DEFAULT: "
+                "set that to watts (300) or a share (70%)"
+            )

@@ -1,0 +1,72 @@
+"""When something may be done again: rates, and waits after failures. Pure: the clock is handed in.
+
+Both are frozen values. Each change returns a new one, and the owner keeps that.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Credit that fills at `per_s` up to `most` and is spent on what is let through.
+
+    `credit` is what there was at `at_s`. Spending more than there is leaves a debt.
+    """
+
+    per_s: float
+    most: float
+    credit: float
+    at_s: float
+
+    @classmethod
+    def full(cls, per_s: float, most: float, now_s: float) -> "Bucket":
+        """Return a bucket that nothing was taken from yet."""
+        return cls(per_s, most, most, now_s)
+
+    def filled(self, now_s: float) -> "Bucket":
+        """Return it with what came in until `now_s`."""
+        credit = min(self.most, self.credit + (now_s - self.at_s) * self.per_s)
+        return replace(self, credit=credit, at_s=now_s)
+
+    def spent(self, cost: float) -> "Bucket":
+        """Return it with `cost` taken out."""
+        return replace(self, credit=self.credit - cost)
+
+    def short_s(self, cost: float) -> float:
+        """Return how long it takes until `cost` is there; 0 where it is there now."""
+        return max(0.0, cost - self.credit) / self.per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long to wait after failures in a row: `first_s`, and each time twice as long.
+
+    `due_s` is when the next try may begin; None where nothing has failed.
+    """
+
+    first_s: float
+    most_s: float
+    failures: int = 0
+    due_s: float | None = None
+
+    @property
+    def next_wait_s(self) -> float:
+        """How long the next failure lets wait."""
+        doublings = min(self.failures, 64)  # 2.0 ** 1024 is no float
+        return float(min(self.most_s, self.first_s * 2.0**doublings))
+
+    def failed(self, now_s: float) -> "Backoff":
+        """Return it after one more failure."""
+        return replace(self, failures=self.failures + 1, due_s=now_s + self.next_wait_s)
+
+    def capped(self, failures: int) -> "Backoff":
+        """Return it with at most so many failures counted: the next wait is no longer than that."""
+        return replace(self, failures=min(self.failures, failures))
+
+    def cleared(self) -> "Backoff":
+        """Return it after a success."""
+        return Backoff(self.first_s, self.most_s)
+
+    def may(self, now_s: float) -> bool:
+        """Tell whether the next try may begin."""
+        return self.due_s is None or now_s >= self.due_s

@@ -1,0 +1,28 @@
+"""Where the enforcer's sockets lie, and the few facts about them that both ends need."""
+
+import struct
+from pathlib import Path
+
+
+class TransportError(Exception):
+    """The socket directory cannot be used, or nobody answers there; the text names the remedy."""
+
+
+def control_path(run_dir: Path) -> Path:
+    """Return where requests are answered."""
+    return run_dir / "control.sock"
+
+
+def events_path(run_dir: Path) -> Path:
+    """Return where decisions are published."""
+    return run_dir / "events.sock"
+
+
+def connection_event(frame: bytes) -> int:
+    """Return what happened to a connection, from the first frame that a monitor sends.
+
+    zmq_socket_monitor(3): 16 bits event, 32 bits value. pyzmq's own helper for this imports
+    asyncio and with it 6 MB.
+    """
+    event: int = struct.unpack_from("=H", frame)[0]
+    return event
