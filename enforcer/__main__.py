@@ -5,9 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-from enforcer import privileges, procfs
-from enforcer.agent import Agent
-from enforcer.ledger import Ledger, LedgerError
+from enforcer import privileges, procfs, report
+from enforcer.agent import Agent, World
+from enforcer.bus import Bus
+from enforcer.clock import SystemClock
+from enforcer.ledger import Ledger, LedgerError, UnreadableError
+from enforcer.nvml import Nvml
+from enforcer.processes import Processes
 from enforcer.server import Server, prepare_directory
 from enforcer.settings import EnforcerSettings
 from enforcer.signals import StopSignal
@@ -17,7 +21,7 @@ from shared.sockets import TransportError
 
 _NAME = "power-agent-enforcer"
 _PURPOSE = "Sets the power limits of this node's GPUs as the watcher asks, and gives them back."
-_LOCK_RETRY_S = 0.5
+_RETRY_S = 0.5
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
@@ -26,25 +30,23 @@ def main() -> int:
     config = settings.from_command_line(_NAME, _PURPOSE, EnforcerSettings)
     log = Log("enforcer", config.log_level, config.log_format)
     stop = StopSignal()
+    nvml, clock = Nvml(), SystemClock()
     try:
         _refuse_token(config, log)
         roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
         ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
-        if not ledger.try_lock():
-            log.warning("waiting", why=f"another enforcer on this node holds {config.state_dir}")
-        while not ledger.try_lock():  # to take it twice is to take it once
-            if stop.wait(_LOCK_RETRY_S):
-                return 0
-        for said in ledger.load():
-            log.warning("ledger", why=said)
+        if not (_lock(ledger, config, log, stop) and _load(ledger, log, stop)):
+            return 0
         prepare_directory(config.run_dir)
         privileges.drop()  # before libzmq starts threads: each has its own capabilities
         procfs.check_sight(config.proc_root)
         server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
-    except (LedgerError, TransportError, procfs.BlindError) as error:
+    except (LedgerError, TransportError, procfs.BlindError, privileges.DropError) as error:
         settings.exit_usage(_NAME, str(error))
     server.watch(stop.fileno())
-    agent = Agent(config, log, server, procfs.ProcessReader(config.proc_root, roots), ledger)
+    source = Processes(nvml, procfs.ProcessReader(config.proc_root, roots))
+    world = World(server, nvml, source, Bus(config.sysfs_root), clock)
+    agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
     log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
     gc.freeze()  # what is here stays: collections in the loop need not walk it
     while not stop.requested:
@@ -54,6 +56,36 @@ def main() -> int:
     ledger.close()
     log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
     return 0
+
+
+def _lock(ledger: Ledger, config: EnforcerSettings, log: Log, stop: StopSignal) -> bool:
+    """Wait for the node's lock; tells whether it is held: else a stop was requested."""
+    if not ledger.try_lock():
+        log.warning("waiting", why=f"another enforcer on this node holds {config.state_dir}")
+    while not ledger.try_lock():  # whoever holds it may take it again
+        if stop.wait(_RETRY_S):
+            return False
+    return True
+
+
+def _load(ledger: Ledger, log: Log, stop: StopSignal) -> bool:
+    """Read the ledger, again and again where it cannot be read; False where a stop came first.
+
+    Nothing is known of the GPUs meanwhile, so nothing is done to them (I5).
+    """
+    said = ""
+    while True:
+        try:
+            for line in ledger.load():
+                log.warning("ledger", why=line)
+        except UnreadableError as error:
+            if str(error) != said:
+                said = str(error)
+                log.error("ledger", why=said)
+        else:
+            return True
+        if stop.wait(_RETRY_S):
+            return False
 
 
 def _refuse_token(config: EnforcerSettings, log: Log) -> None:

@@ -1,260 +1,318 @@
-"""The loop: observe, decide, act, answer. No policy lives here."""
+"""The loop: hear, see, decide, enter, carry out, settle, tell, answer. No rule lives here.
 
-import os
-import time
-from collections.abc import Container, Mapping
-from dataclasses import replace
-from typing import Any
+Reading, writing and changing what is held are three different steps. The rules are pure and lie
+elsewhere: policy.py says what a GPU is to have, gpu.py what becomes of it, driver.py when NVML is
+opened, agenda.py what is due.
+"""
 
-from enforcer import standing
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from enforcer import driver as sessions
+from enforcer import gpu as one
+from enforcer import report
+from enforcer.agenda import Agenda, Due
+from enforcer.announce import Announcer
+from enforcer.clock import Clock
 from enforcer.desk import Desk
-from enforcer.gpus import WRITE_GAP_S, Card, Gpus, Retry
+from enforcer.device import Device, DeviceError
+from enforcer.driver import Open, Shut, Step
+from enforcer.fleet import Bus, Fleet
+from enforcer.gpu import WRITE_GAP_S, Gpu, NotEntered, Outcome, Present
 from enforcer.ledger import Ledger, LedgerError
-from enforcer.nvml import NvmlError
-from enforcer.policy import Desired, Owned, bounds, plan
-from enforcer.procfs import ProcessReader
-from enforcer.server import Server
+from enforcer.policy import UNDECIDED, Decision, Desired, Owned, plan
+from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
-from shared import __version__
+from enforcer.sources import Source
+from enforcer.writeahead import entered
 from shared import messages as m
 from shared.logs import Log
-from shared.units import MAX_MW, same_limit
+from shared.pace import Backoff
 
-_WAITING_SCAN_S, _EARLY = 0.1, 6  # a CUDA context comes seconds after its pod; six waits: 63 s
-_TURN_S = 0.02  # snapshots that come faster are decided on together
-_FRESH_S = 1.0  # a question within this time is answered from the last reading
-_IDLE_S = 5.0  # NVML is let go when nobody asked for this long
-_LAST_TRIES, _LAST_GAP_S = 3, 0.5  # at a stop: an uninstalled agent gives nothing back any more
+# Between two tries to give back, at a stop.
+_LAST_GAP_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Everything outside that the enforcer touches while it runs; tests hand in another one."""
+
+    server: Server
+    device: Device
+    source: Source
+    bus: Bus
+    clock: Clock
 
 
 class Agent:
     """Joins what is wanted with what is seen and acts on the difference."""
 
     def __init__(
-        self, c: EnforcerSettings, log: Log, server: Server, reader: ProcessReader, ledger: Ledger
+        self,
+        config: EnforcerSettings,
+        log: Log,
+        world: World,
+        ledger: Ledger,
+        me: m.EnforcerStatus,
     ) -> None:
-        self._config, self._log, self._server = c, log, server
+        """Prepare; nothing is opened before the first turn. `me` is what never changes."""
+        self._config = config
+        self._log = log
+        self._server = world.server
+        self._device = world.device
+        self._clock = world.clock
         self._ledger = ledger
-        self._counts = m.Counters()
-        self._desk = Desk(server, c, log, self._counts)
-        self._me = m.EnforcerStatus(
-            version=__version__,
-            pid=os.getpid(),
-            dry_run=c.dry_run,
-            min_mw=c.min_mw,
-            max_mw=c.max_mw,
-            conflict=c.conflict,
-            cgroup_roots=list(reader.roots),
-            ledger=str(ledger.path),
-        )
-        self._gpus = Gpus(self._me, ledger.entries, reader, log, server)
-        self._cards = self._gpus.cards
-        self._looked_s = self._scan_s = self._due_s = 0.0
-        self._asked_s = time.monotonic()
-        self._waiting: frozenset[str] = frozenset()
-        self._search = Retry()
+        self._me = me
+        self._desk = Desk(world.server, config, log, world.clock)
+        self._announcer = Announcer(log, world.server, world.clock)
+        owned = ledger.entries
+        self._fleet = Fleet(owned, world.device, world.source, world.bus, world.clock)
+        self._agenda = Agenda.begin(config.scan_s, config.reconcile_s, world.clock.now_s())
+        # Since when the oldest question waits for its answer.
+        self._waits_since_s = 0.0
 
     def turn(self) -> None:
-        """Wait for a request or the next deadline, then observe, decide, act and answer."""
-        incoming = self._server.receive(self._wake_s() - time.monotonic())
-        now = time.monotonic()
-        if not self._desk.due:
-            self._due_s = now
-        self._desk.take(incoming)
-        if self._desk.changed and now < self._looked_s + _TURN_S:
-            return  # whoever asked is answered after the next look
-        if any(isinstance(request, m.Status) for _, request in self._desk.due):
-            self._asked_s = self._scan_s = now
-        if self._desk.changed or now >= self._wake_s():
-            self._look(now)
-        late = any(c.decision.action and not c.failed for c in self._cards.values())
-        if self._desk.due and (not late or now > self._due_s + 2 * WRITE_GAP_S):
-            self._answer(now)  # a write that waits for its gap comes first
+        """Wait for a request or for what is due next, and do it."""
+        self._hear(self._server.receive(self._wake_s() - self._clock.now_s()))
+        desired = self._desk.desired()
+        due = self._due(desired)
+        if due.decide:
+            if self._see(desired, due):
+                self._act(desired)
+            self._tell()
+            self._move_on(desired, due)
+        if self._may_answer():
+            self._answer()
+
+    def _act(self, desired: Desired) -> None:
+        """Decide, write ahead what may be written now, carry it out, settle what came of it."""
+        batch = self._decide(desired)
+        refused = self._enter(batch)
+        for gpu in batch:
+            outcome = refused.get(gpu.uuid) or self._carry_out(gpu)
+            self._settle(gpu, outcome)
+
+    # ---- hear ----
 
     def _wake_s(self) -> float:
-        if self._desk.changed:
-            return self._looked_s + _TURN_S
-        writes = (card.may_write_s() for card in self._cards.values() if card.decision.action)
-        return min([self._scan_s, *writes])
+        return self._agenda.wake_s(changed=self._desk.changed, write_s=self._write_s())
 
-    def _look(self, now: float) -> None:
-        desired = self._desk.desired()
-        if self._desk.changed:  # a scan is no reason to let the next change wait
-            self._desk.changed, self._looked_s = False, now
-        needed = bool(desired.pods or self._ledger.entries) or now < self._asked_s + _IDLE_S
-        scan = now >= self._scan_s or not needed or bool(self._homeless(desired))
-        due = needed or self._gpus.incomplete or self._gpus.nvml.is_open  # a last look
-        if due and self._gpus.opened(now, needed=needed):
-            if now >= self._gpus.read_s + self._config.reconcile_s:
-                self._gpus.read(now)
-            self._decide_and_act(desired, None if scan else self._touched(desired))
-        if not needed:
-            self._gpus.close()
-        if scan:
-            waiting = self._homeless(desired)
-            if waiting != self._waiting:
-                self._waiting, self._search = waiting, Retry()
-                self._search.failed()
-            elif waiting and now >= self._search.due_s:
-                self._gpus.incomplete = True  # NVML lists the GPUs there were when it was opened
-                self._search.failed()
-            early = waiting and self._search.failures <= _EARLY
-            self._scan_s = now + min(self._config.scan_s, _WAITING_SCAN_S if early else 1e9)
+    def _write_s(self) -> float | None:
+        """Return when the next write may go out."""
+        times = [one.may_write_s(gpu) for gpu in self._fleet]
+        return min((time for time in times if time is not None), default=None)
 
-    def _homeless(self, desired: Desired) -> frozenset[str]:
-        """Return the annotated pods that were not seen on any GPU."""
-        seen = [owner for card in self._cards.values() for owner in card.occupants or ()]
-        return frozenset(desired.pods.keys() - desired.pods_among(seen))
+    def _hear(self, incoming: list[Incoming]) -> None:
+        now_s = self._clock.now_s()
+        if not self._desk.due:
+            self._waits_since_s = now_s
+        self._desk.take(incoming)
+        if self._desk.is_asked:
+            self._agenda = self._agenda.asked(now_s)
+
+    def _due(self, desired: Desired) -> Due:
+        everywhere = bool(self._fleet.homeless(desired)) or not self._needed(desired)
+        return self._agenda.due(
+            self._clock.now_s(),
+            changed=self._desk.changed,
+            write_s=self._write_s(),
+            everywhere=everywhere,
+        )
+
+    def _needed(self, desired: Desired) -> bool:
+        """Tell whether there is a reason to have NVML open."""
+        asked = self._agenda.asked_lately(self._clock.now_s())
+        return bool(desired.pods or self._ledger.entries) or asked
+
+    # ---- see: all reading ----
+
+    def _see(self, desired: Desired, due: Due) -> bool:
+        """Read what is due; tells whether there is anything to decide on."""
+        before = self._fleet.driver
+        if due.scan:
+            self._fleet.look_at_the_bus()
+        self._fleet.keep_session(self._view(desired))
+        self._say_nvml()
+        if not isinstance(self._fleet.driver, Open):
+            return False
+        if due.read or self._fleet.driver is not before:
+            self._fleet.read_all()
+            self._agenda = self._agenda.read(self._clock.now_s())
+        if due.scan:
+            self._fleet.look_at_all()
+        else:
+            self._fleet.look_at(self._touched(desired))
+        return True
+
+    def _view(self, desired: Desired) -> sessions.View:
+        return self._fleet.view(desired, self._ledger.entries, needed=self._needed(desired))
 
     def _touched(self, desired: Desired) -> set[str]:
         """Return the GPUs that a new snapshot bears on: only they are looked at again for it."""
-        seen = self._gpus.observe(desired, ())
-        decisions = plan(desired, seen, self._ledger.entries, self._config)
+        decisions = self._plan(desired)
         return {uuid for uuid, decision in decisions.items() if decision.action}
 
-    def _decide_and_act(self, desired: Desired, among: Container[str] | None) -> None:
-        """Decide on every GPU; write the ledger, then the limits that may be written now."""
-        entries, ready = dict(self._ledger.entries), []
-        seen = self._gpus.observe(desired, among)
-        for uuid, decision in plan(desired, seen, entries, self._config).items():
-            card, action, why = self._cards[uuid], decision.action, decision.reason
-            if decision.state != card.logged:
-                card.logged = decision.state
-                self._log.info("gpu_state", uuid=uuid, state=decision.state, why=why)
-            if card.failed and action == "drift":  # the write that failed, once more
-                action = card.failed.action
-            if self._config.dry_run and action:
-                action, why = None, f"dry run, nothing is written; would be: {why}"
-            card.decision = replace(decision, action=action, reason=why)
-            if action and time.monotonic() >= card.may_write_s():
-                ready.append(card)
-                self._enter(entries, card)
+    # ---- decide ----
+
+    def _plan(self, desired: Desired) -> dict[str, Decision]:
+        views = [one.view_of(gpu) for gpu in self._fleet]
+        seen = [view for view in views if view is not None]
+        return plan(desired, seen, self._ledger.entries, self._config)
+
+    def _decide(self, desired: Desired) -> list[Gpu]:
+        """Decide on every GPU; return those that may be written now."""
+        decisions = self._plan(desired)
+        for gpu in self._fleet:
+            decision = decisions.get(gpu.uuid, UNDECIDED)
+            decided = one.decided(gpu, decision, dry_run=self._config.dry_run)
+            self._fleet.become(decided)
+            if decided.said != gpu.said:
+                why = decision.reason
+                self._log.info("gpu_state", uuid=gpu.uuid, state=decision.state, why=why)
+        now_s = self._clock.now_s()
+        ready = [gpu for gpu in self._fleet if one.is_ready(gpu, now_s)]
+        owned = self._ledger.entries
+        # The original limit is the one that is there just before the first write.
+        fresh = [gpu if gpu.uuid in owned else self._fleet.read(gpu) for gpu in ready]
+        return [gpu for gpu in fresh if isinstance(gpu.where, Present)]
+
+    # ---- enter: write ahead ----
+
+    def _enter(self, batch: list[Gpu]) -> Mapping[str, NotEntered]:
+        """Write ahead what is about to be set; return the GPUs that must not be written (I2)."""
+        entries, refused = entered(self._ledger.entries, batch, self._clock.wall_s())
         if entries != self._ledger.entries or self._me.ledger_fault:
             self._store(entries)
-        for card in ready:
-            if card.gpu.uuid in self._ledger.entries:  # I2: else its original is not on disk
-                self._write(card)
-        for uuid, card in self._cards.items():
-            card.show(self._ledger.entries.get(uuid))
+        for uuid in entries.keys() - self._ledger.entries.keys():
+            refused[uuid] = NotEntered("LEDGER", f"not taken: {self._me.ledger_fault}")
+        return refused
 
-    def _enter(self, entries: dict[str, Owned], card: Card) -> None:
-        """Enter what is about to be written, with the original limit where it is the first time.
-
-        A GPU that is given back is nobody's from here on: see policy's _hold.
-        """
-        gpu, decision, target_mw = card.gpu, card.decision, card.decision.target_mw
-        assert target_mw is not None  # there is one with every action
-        owned = entries.get(gpu.uuid)
-        if owned is None:
-            self._gpus.read_one(card)
-            original_mw = gpu.limit_mw or 0
-            if not 0 < original_mw <= MAX_MW:
-                why = f"not taken: its present limit cannot be read ({gpu.limit_mw} mW)"
-                self._failed(card, "UNREADABLE", why)
-                return
-            owned = Owned(original_mw, target_mw, decision.pods, time.time())
-        pods, aliases = decision.pods, decision.aliases
-        entries[gpu.uuid] = replace(owned, set_mw=target_mw, pods=pods, aliases=aliases)
-
-    def _store(self, entries: Mapping[str, Owned]) -> None:
+    def _store(self, entries: dict[str, Owned]) -> None:
         """Write the ledger; where that fails no new GPU is taken, and owned ones are still kept."""
         fault = ""
         try:
             self._ledger.store(entries)
         except LedgerError as error:
             fault = str(error)
-            for uuid in entries.keys() - self._ledger.entries.keys():
-                self._failed(self._cards[uuid], "LEDGER", f"not taken: {error}")
-            self._ledger.entries = {u: e for u, e in entries.items() if u in self._ledger.entries}
+            owned = self._ledger.entries
+            self._ledger.entries = {uuid: e for uuid, e in entries.items() if uuid in owned}
         if bool(fault) != bool(self._me.ledger_fault):
             say = self._log.error if fault else self._log.info
             say("ledger", why=fault or "can be written again")
-        self._me.ledger_fault = fault
+        self._me = msgspec.structs.replace(self._me, ledger_fault=fault)
 
-    def _write(self, card: Card) -> None:
-        """Set the limit unless it is that already, read it back, and say what came of it."""
-        gpu, target_mw, nvml = card.gpu, card.decision.target_mw, self._gpus.nvml
-        assert target_mw is not None
-        if card.decision.action == "note":  # the ledger has it, the GPU has nothing to learn
-            self._done(card, target_mw)
-            return
+    # ---- carry out: all writing ----
+
+    def _carry_out(self, gpu: Gpu) -> Outcome:
+        """Set the limit unless it is that already, and read it back."""
+        decision, here = gpu.decision, gpu.where
+        if decision.action == "note" or decision.target_mw is None or not isinstance(here, Present):
+            return one.Noted()
+        call: one.Call = "read before"
         try:
-            before_mw = nvml.limit_mw(card.handle)
-            if before_mw != target_mw:
-                card.wrote_s = time.monotonic()
-                nvml.set_limit(card.handle, target_mw)
-                action = str(card.decision.action)
-                gpu.writes[action] = gpu.writes.get(action, 0) + 1
-                self._counts.limit_writes += 1
-            nvml.read_into(card.handle, gpu)
-        except NvmlError as error:
-            self._failed(card, error.name, str(error))
-            if error.stale:
-                self._gpus.lose(card, str(error))
-            return
-        if gpu.limit_mw is None or not same_limit(gpu.limit_mw, target_mw):
-            why = f"set to {target_mw} mW without an error, yet it reads {gpu.limit_mw} mW"
-            self._failed(card, "NOT_HELD", why)
-        else:
-            self._done(card, before_mw)
+            before_mw = self._device.limit_mw(here.board)
+            if before_mw != decision.target_mw:
+                call = "set"
+                self._device.set_limit(here.board, decision.target_mw)
+                call = "read after"
+            reading = self._device.read(here.board)
+        except DeviceError as error:
+            return one.Refused(error, call)
+        return one.Wrote(before_mw, reading)
 
-    def _done(self, card: Card, before_mw: int) -> None:
-        action, why = card.decision.action, card.decision.reason
-        drifted_to_mw, card.drifted_to_mw = card.drifted_to_mw, None
-        if action == "release":
-            self._store({u: e for u, e in self._ledger.entries.items() if u != card.gpu.uuid})
-            self._gpus.tell(m.LimitReleased, card, before_mw, why)
-        elif action == "drift":
-            self._counts.drifts += 1
-            card.drifted_to_mw = before_mw
-            if drifted_to_mw != before_mw:  # once a value: it may come every second
-                why = f"somebody else had changed it; again {why}"
-                self._gpus.tell(m.LimitDrifted, card, before_mw, why)
-        elif action != "note":
-            self._gpus.tell(m.LimitSet, card, before_mw, why)
-        card.decision = replace(card.decision, action=None)
+    # ---- settle and tell: all changing ----
 
-    def _failed(self, card: Card, error: str, why: str) -> None:
-        """Count the failure, tell it once, and let the next try wait for longer."""
-        failures = card.gpu.write_failures
-        failures[error] = failures.get(error, 0) + 1
-        self._counts.limit_write_failures += 1
-        failed = replace(card.decision, state="failed", reason=why)
-        if failed != card.failed:
-            card.failed, card.retry = failed, Retry()
-            self._gpus.tell(m.LimitFailed, card, card.gpu.limit_mw, why)
-        card.retry.failed()
+    def _settle(self, gpu: Gpu, outcome: Outcome) -> None:
+        settled = self._fleet.become(*one.after(gpu, outcome, self._clock.now_s()))
+        if gpu.decision.action == "release" and settled.decision.action is None:
+            left = {uuid: e for uuid, e in self._ledger.entries.items() if uuid != gpu.uuid}
+            self._store(left)
 
-    def _answer(self, now: float) -> None:
-        """Answer everybody who waits, from one reading."""
-        if self._gpus.nvml.is_open and now >= self._gpus.read_s + _FRESH_S:
-            self._gpus.read(now)
-        me, snapshot = self._me, self._desk.snapshot
-        me.uptime_s = round(now - self._desk.started_s, 3)
-        me.node = snapshot.node if snapshot else None
-        gpus = [card.gpu for card in self._cards.values()]
-        gpus.sort(key=lambda gpu: (gpu.index is None, gpu.index))
-        pods = standing.pods(snapshot.pods if snapshot else (), gpus, self._clamp)
-        seen: dict[str, Any] = {"gpus": gpus, "pods": pods, "counters": self._counts}
-        due, self._desk.due = self._desk.due, []
-        for incoming, request in due:
-            reply: m.Reply = m.StatusReply(enforcer=me, watcher=self._desk.watcher(), **seen)
-            if isinstance(request, m.Snapshot):
-                to: dict[str, Any] = {"session": request.session, "revision": request.revision}
-                reply = m.Report(nvml=me.nvml, nvml_message=me.nvml_message, **to, **seen)
-            self._server.reply(incoming, reply)
+    def _tell(self) -> None:
+        for happening in self._fleet.take_told():
+            self._announcer.tell(happening)
 
-    def _clamp(self, limit_mw: int, gpu: m.Gpu) -> int:
-        low, high = bounds(self._config, gpu.min_mw or 0, gpu.max_mw or limit_mw)
-        return max(low, min(high, limit_mw))
+    def _say_nvml(self) -> None:
+        driver, version = self._fleet.driver, self._device.driver_version
+        if isinstance(driver, Shut):
+            return  # what was said last holds
+        state, why = report.nvml_state(driver, self._fleet)
+        if (state, why) != (self._me.nvml, self._me.nvml_message):
+            say = self._log.info if why == "ok" else self._log.error
+            say("nvml", state=state, why=why, driver=version)
+        self._me = msgspec.structs.replace(
+            self._me, nvml=state, nvml_message=why, driver_version=version
+        )
+
+    def _move_on(self, desired: Desired, due: Due) -> None:
+        """Note what was done, and let go of the driver where nothing needs it any more."""
+        now_s = self._clock.now_s()
+        if self._desk.changed:
+            self._desk.changed = False
+            self._agenda = self._agenda.decided(now_s)
+        if due.scan:
+            self._agenda = self._agenda.scanned(self._fleet.homeless(desired), now_s)
+        if sessions.next_step(self._fleet.driver, self._view(desired), now_s) is Step.SHUT:
+            self._fleet.shut()
+
+    # ---- answer ----
+
+    def _may_answer(self) -> bool:
+        """Tell whether to answer: a decision comes first, and a write that waits for its gap."""
+        if not self._desk.due or self._desk.changed:
+            return False
+        late = any(gpu.decision.action and not gpu.trouble for gpu in self._fleet)
+        return not late or self._clock.now_s() > self._waits_since_s + 2 * WRITE_GAP_S
+
+    def _answer(self) -> None:
+        """Answer everybody who waits, from the last reading."""
+        snapshot, watcher = self._desk.snapshot, self._desk.watcher()
+        gpus = report.records(self._fleet, self._ledger.entries, self._desk.desired())
+        pods = report.pods(snapshot.pods if snapshot else (), self._fleet, gpus)
+        me = msgspec.structs.replace(
+            self._me,
+            uptime_s=round(self._clock.now_s() - self._desk.started_s, 3),
+            node=snapshot.node if snapshot else None,
+        )
+        counters = report.counters(self._fleet, self._desk.tally)
+        status = m.StatusReply(
+            enforcer=me, watcher=watcher, gpus=gpus, pods=pods, counters=counters
+        )
+        for incoming, request in self._desk.taken():
+            self._server.reply(incoming, report.answer(request, status))
+
+    # ---- the end ----
 
     def stop(self) -> None:
         """Give every GPU back, or leave limits and ledger for the next start, as configured."""
-        for _ in range(_LAST_TRIES if self._config.on_exit == "restore" else 0):
-            self._gpus.retry_now()
-            if self._ledger.entries and self._gpus.opened(time.monotonic(), needed=True):
-                self._decide_and_act(Desired("stopping"), ())
-            if not any(card.failed for card in self._cards.values()):
-                break
-            time.sleep(_LAST_GAP_S)
-        self._gpus.close()
+        if self._config.on_exit == "restore" and not self._config.dry_run:
+            self._give_back()
+        self._fleet.shut()
+
+    def _give_back(self) -> None:
+        """Try until nothing is owned or the time is over, with the session that is open.
+
+        Another session is tried only where no GPU of this one is left to be given back.
+        """
+        end_s = self._clock.now_s() + self._config.exit_s
+        again = Backoff(_LAST_GAP_S, self._config.exit_s)
+        while self._ledger.entries and self._clock.now_s() < end_s:
+            if not self._reaches_owned() and again.may(self._clock.now_s()):
+                self._fleet.open()
+                self._say_nvml()
+                again = again.failed(self._clock.now_s())
+            for gpu in self._fleet:
+                self._fleet.become(one.at_once(gpu))
+            if isinstance(self._fleet.driver, Open):
+                self._act(Desired("stopping"))
+            self._tell()
+            if self._ledger.entries:
+                left_s = end_s - self._clock.now_s()
+                self._clock.rest(max(0.0, min(_LAST_GAP_S, left_s)))
+
+    def _reaches_owned(self) -> bool:
+        if not isinstance(self._fleet.driver, Open):
+            return False
+        return any(isinstance(self._fleet[uuid].where, Present) for uuid in self._ledger.entries)

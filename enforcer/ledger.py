@@ -6,6 +6,7 @@ outlives a killed process, and a crash of the machine makes the hardware forget 
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -21,10 +22,19 @@ from enforcer.policy import Owned
 _FILE, _BEFORE, _NEXT, _LOCK = "ledger.json", "ledger.previous.json", "ledger.next", "lock"
 _VERSION: Literal[1] = 1
 _MAX_BYTES = 4 << 20
+_NOT_THERE = (errno.ENOENT,)
+# Something else lies under the name: a directory, or a link, which is not followed.
+_NO_FILE = (errno.EISDIR, errno.ELOOP)
+# What does not parse; and OSError is left here only for what is no file.
+_DAMAGE = (OSError, ValueError, RecursionError)
 
 
 class LedgerError(Exception):
     """The ledger cannot be used; the text names the path and the reason."""
+
+
+class UnreadableError(LedgerError):
+    """The ledger may be whole but cannot be read now: it is tried again."""
 
 
 class _Format(msgspec.Struct, frozen=True):
@@ -74,21 +84,21 @@ class Ledger:
         os.close(self._dir)
 
     def load(self) -> list[str]:
-        """Read the entries of this boot; return what a person should know; raises LedgerError.
+        """Read the entries of this boot; return what a person should know.
 
         A damaged file is moved aside, never used and never deleted; the generation before it is
-        adopted if that one reads.
+        adopted if that one reads. Raises UnreadableError where a file may be whole and cannot be
+        read now: then nothing is known, so nothing may be done (I5). Raises LedgerError for one
+        that this version must not touch.
         """
-        said = []
+        said: list[str] = []
         for name in (_FILE, _BEFORE):
             try:
                 book = self._read(name)
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, RecursionError) as error:
-                aside = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-                os.rename(name, aside, src_dir_fd=self._dir, dst_dir_fd=self._dir)
-                said.append(f"{self.path.with_name(name)} is damaged, moved to {aside}: {error}")
+            except _DAMAGE as error:
+                said.append(self._move_aside(name, error))
                 continue
             if name == _BEFORE:
                 said.append("the generation before it is adopted")
@@ -99,9 +109,25 @@ class Ledger:
             break
         return said
 
+    def _move_aside(self, name: str, error: Exception) -> str:
+        aside = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        path = self.path.with_name(name)
+        try:
+            os.rename(name, aside, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+        except OSError as refused:
+            why = f"{path} is damaged ({error}) and cannot be moved aside: {refused.strerror}"
+            raise UnreadableError(f"{why}; free or repair that disk") from refused
+        return f"{path} is damaged, moved to {aside}: {error}"
+
     def _read(self, name: str) -> _Book:
-        with open(name, "rb", opener=self._open) as file:
-            text = file.read(_MAX_BYTES)
+        try:
+            with open(name, "rb", opener=self._open) as file:
+                text = file.read(_MAX_BYTES)
+        except OSError as error:
+            if error.errno in _NOT_THERE or error.errno in _NO_FILE:
+                raise
+            why = f"{self.path.with_name(name)} cannot be read: {error.strerror}"
+            raise UnreadableError(f"{why}; repair that disk; tried again until then") from error
         version = msgspec.json.decode(text, type=_Format).version
         if version > _VERSION:  # it knows originals that must not be lost to a downgrade
             why = f"{self.path.with_name(name)} has format {version} of a newer Power Agent"

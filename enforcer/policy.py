@@ -18,6 +18,9 @@ Action = Literal["acquire", "adjust", "drift", "note", "release"]
 # living: a complete snapshot came lately; silent: none did, so no power is given; unheard: none
 # ever came to this process.
 Link = Literal["living", "silent", "unheard", "expired", "stopping"]
+# How a GPU's decision looks from one annotated pod on it. held: left as it is, at what is not its
+# limit, or at nobody's. invalid: it asks for nothing usable.
+Stance = Literal["enforced", "clamped", "conflict", "held", "invalid"]
 _END = {"expired": "watcher silent for longer than the lease", "stopping": "the enforcer stops"}
 
 
@@ -35,15 +38,16 @@ Occupants = frozenset[str | Stranger]
 class SeenGpu:
     """One GPU as observed; `occupants` None where its process list cannot be read.
 
-    Each occupant is any id of a pod; policy does not care what shows that it holds the GPU.
+    Each occupant is any id of a pod; policy does not care what shows that it holds the GPU. Limits
+    are None where they are not known.
     """
 
     uuid: str
     occupants: Occupants | None
     limit_mw: int | None
-    default_mw: int
-    min_mw: int
-    max_mw: int
+    default_mw: int | None
+    min_mw: int | None
+    max_mw: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +82,24 @@ class Owned:
     aliases: frozenset[str] = frozenset()
 
 
-def bounds(rules: EnforcerSettings, min_mw: int, max_mw: int) -> tuple[int, int]:
-    """Return the least and the most that may be asked of a GPU with these limits (I3)."""
-    return max(min_mw, rules.min_mw or 0), min(max_mw, rules.max_mw or max_mw)
+def bounds(
+    rules: EnforcerSettings, min_mw: int | None, max_mw: int | None
+) -> tuple[int, int] | None:
+    """Return the least and the most that may be asked of a GPU with these limits (I3).
+
+    None where the hardware does not tell the most that it takes: then nothing may be asked.
+    """
+    if not max_mw:
+        return None
+    return max(min_mw or 0, rules.min_mw or 0), min(max_mw, rules.max_mw or max_mw)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one GPU is to have, what has to be done for it, and why."""
+    """What one GPU is to have, what has to be done for it, and why.
+
+    `stances` say for each annotated pod that bears on the GPU how it fares there.
+    """
 
     state: GpuState
     reason: str
@@ -93,6 +107,10 @@ class Decision:
     pods: frozenset[str] = frozenset()
     aliases: frozenset[str] = frozenset()
     action: Action | None = None
+    stances: Mapping[str, Stance] = field(default_factory=dict)
+
+
+UNDECIDED = Decision("free", "not looked at yet")
 
 
 def plan(
@@ -102,11 +120,21 @@ def plan(
     rules: EnforcerSettings,
 ) -> dict[str, Decision]:
     """Return the decision for every GPU that is seen or owned, by UUID."""
-    decisions = {g.uuid: _Case(g, desired, owned.get(g.uuid), rules).decide() for g in seen}
+    cases = [_Case(gpu, desired, owned.get(gpu.uuid), rules) for gpu in seen]
+    decisions = {case.gpu.uuid: case.with_stances(case.decide()) for case in cases}
     for uuid in owned.keys() - decisions.keys():
-        reason = f"not there; kept until it returns (original {w(owned[uuid].original_mw)} W)"
-        decisions[uuid] = Decision("lost", reason, owned[uuid].set_mw, owned[uuid].pods)
+        decisions[uuid] = _away(owned[uuid], desired)
     return decisions
+
+
+def _away(owned: Owned, desired: Desired) -> Decision:
+    """Return the decision on a GPU that is owned and does not answer."""
+    reason = f"not there; kept until it returns (original {w(owned.original_mw)} W)"
+    stances: dict[str, Stance] = {
+        uid: "invalid" if desired.pods[uid] is None else "held"
+        for uid in owned.pods & desired.pods.keys()
+    }
+    return Decision("lost", reason, owned.set_mw, owned.pods, stances=stances)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +163,24 @@ class _Case:
             return self._hold("watcher is silent")
         return decision
 
+    def with_stances(self, decision: Decision) -> Decision:
+        """Return the decision with what it means for each annotated pod."""
+        here = self.desired.pods_among(self.gpu.occupants or ()) | decision.pods
+        concerned = here & self.desired.pods.keys()
+        return replace(decision, stances={uid: self._stance(uid, decision) for uid in concerned})
+
+    def _stance(self, uid: str, decision: Decision) -> Stance:
+        asked_mw = self.desired.pods[uid]
+        if asked_mw is None:
+            return "invalid"
+        may = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
+        has_mw = asked_mw if may is None else _clamped(asked_mw, may)
+        if decision.target_mw is None:
+            return "held"
+        if decision.target_mw != has_mw:
+            return "held" if decision.state == "held" else "conflict"
+        return "enforced" if has_mw == asked_mw else "clamped"
+
     def _by_pods(self, uids: frozenset[str]) -> Decision:
         occupied, wanted, others = self.gpu.occupants, self.desired.pods.keys(), self.desired.others
         mine = self.owned.pods if self.owned else frozenset()
@@ -154,34 +200,39 @@ class _Case:
 
     def _grant(self, asking: frozenset[str], ghosts: frozenset[str]) -> Decision:
         """Decide on the limit for the annotated pods `asking`; `ghosts` hold what they had."""
-        low, high = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
-        if low > high or not self.gpu.max_mw:
-            what = f"the bounds leave nothing: at least {w(low)} W, at most {w(high)} W"
-            why = what if self.gpu.max_mw else "it takes no power limit, or does not tell which"
-            return replace(self._hold(why), state="failed")
+        may = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
+        if may is None:
+            return self._impossible("it takes no power limit, or does not tell which")
+        low, high = may
+        if low > high:
+            least, most = f"at least {w(low)} W", f"at most {w(high)} W"
+            return self._impossible(f"the bounds leave nothing: {least}, {most}")
         asked = [mw for uid in asking if (mw := self.desired.pods[uid]) is not None]
-        limits = {max(low, min(high, mw)) for mw in asked}
+        limits = {_clamped(mw, may) for mw in asked}
+        disagree = len(limits) > 1 and self.rules.conflict != "lowest"
         default = self.rules.safe_default
         if not limits and self.owned and self.owned.pods & asking:
             target, why = self.owned.set_mw, "annotation unusable, the limit it has is kept"
-        elif default and (not limits or (len(limits) > 1 and self.rules.conflict != "lowest")):
-            target = default.for_gpu(self.gpu.default_mw)
+        elif default and (not limits or disagree):
+            share = default.for_gpu(self.gpu.default_mw)
+            if share is None:
+                return self._impossible(f"{default.percent}% of its default, which is not known")
+            target = share
             why = f"safe default, {'pods disagree' if limits else 'annotation unusable'}"
         elif ghosts and not limits:
             return self._hold(_still_runs(ghosts))
         elif not limits:
             return self._give_back(f"the annotation of pod {_names(asking)} is unusable")
         else:
-            target, why = min(limits), f"asked by pod {_names(asking)}"
-            if len(limits) > 1:
-                why = f"lowest of {len(limits)} limits {why}"
-            elif target not in asked:
-                why = f"{why}, clamped to {w(low)}..{w(high)} W"
+            target, why = _lowest(limits, asked, asking, may)
         if ghosts and self.owned and self.owned.set_mw < max(low, target):
             if self.owned.set_mw < low:
                 return self._hold(_still_runs(ghosts))
             target, why = self.owned.set_mw, _still_runs(ghosts)
-        return self._keep(max(low, min(high, target)), asking | ghosts, why)
+        return self._keep(_clamped(target, may), asking | ghosts, why)
+
+    def _impossible(self, why: str) -> Decision:
+        return replace(self._hold(why), state="failed")
 
     def _ids(self) -> frozenset[str]:
         return self.owned.pods | self.owned.aliases if self.owned else frozenset()
@@ -208,10 +259,11 @@ class _Case:
         if self.owned is None:
             return Decision("held", f"left alone: {why}")
         kept = replace(self._keep(self.owned.set_mw, self.owned.pods, why), state="held")
-        low, high = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
+        limits = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
+        inside = limits is not None and limits[0] <= self.owned.set_mw <= limits[1]
         # Without pods it was being given back when the enforcer was killed: it may be a stranger's.
-        may = self.owned.pods and low <= self.owned.set_mw <= high and not self._taken()
-        return kept if may else replace(kept, action=None)
+        may_write = self.owned.pods and inside and not self._taken()
+        return kept if may_write else replace(kept, action=None)
 
     def _taken(self) -> bool:
         """Tell whether surely none but strangers run on it (I1)."""
@@ -223,10 +275,11 @@ class _Case:
     def _give_back(self, why: str) -> Decision:
         if self.owned is None:
             return Decision("free", why)
-        original = self.rules.release_to == "original" or not self.gpu.default_mw
-        found_mw = self.owned.original_mw if original else self.gpu.default_mw
+        found_mw = self.owned.original_mw
+        if self.rules.release_to == "default" and self.gpu.default_mw:
+            found_mw = self.gpu.default_mw
         # As found, even outside the administrator's bounds: those bind what is asked for.
-        target = max(self.gpu.min_mw, min(self.gpu.max_mw or found_mw, found_mw))
+        target = _clamped(found_mw, (self.gpu.min_mw or 0, self.gpu.max_mw or found_mw))
         return Decision("free", f"given back at {w(target)} W: {why}", target, action="release")
 
     def _gives_power(self, decision: Decision) -> bool:
@@ -235,6 +288,23 @@ class _Case:
         has_mw = kept.set_mw if kept else self.gpu.limit_mw
         raised = has_mw is None or (decision.target_mw or 0) > has_mw
         return decision.action == "release" or (decision.action is not None and raised)
+
+
+def _clamped(limit_mw: int, may: tuple[int, int]) -> int:
+    low, high = may
+    return max(low, min(high, limit_mw))
+
+
+def _lowest(
+    limits: set[int], asked: list[int], asking: Iterable[str], may: tuple[int, int]
+) -> tuple[int, str]:
+    """Return the lowest of the limits and why: a limit is an upper bound, so it honours all."""
+    target, why = min(limits), f"asked by pod {_names(asking)}"
+    if len(limits) > 1:
+        return target, f"lowest of {len(limits)} limits {why}"
+    if target not in asked:
+        return target, f"{why}, clamped to {w(may[0])}..{w(may[1])} W"
+    return target, why
 
 
 def _names(uids: Iterable[str]) -> str:

@@ -18,8 +18,20 @@ _CAP_SYS_ADMIN = 21
 _DATA_BYTES = 512 << 20
 
 
+class DropError(Exception):
+    """Power could not be given up; the text names the call and the remedy."""
+
+
 def drop() -> None:
-    """Set no-new-privs, keep only CAP_SYS_ADMIN, bound memory; raises OSError."""
+    """Set no-new-privs, keep only CAP_SYS_ADMIN, bound memory; raises DropError."""
+    try:
+        _drop()
+    except (OSError, ValueError) as error:  # ValueError: setrlimit(2) above the hard limit
+        remedy = "let the runtime's seccomp profile and limits allow it"
+        raise DropError(f"privileges cannot be given up: {error}; {remedy}") from error
+
+
+def _drop() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(result: int, name: str) -> None:

@@ -27,11 +27,14 @@ class SafeDefault:
     limit_mw: int | None = None
     percent: int | None = None
 
-    def for_gpu(self, default_mw: int) -> int:
-        """Return the milliwatts for a GPU whose factory default is `default_mw`, rounded down."""
-        return (
-            self.limit_mw if self.limit_mw is not None else default_mw * (self.percent or 0) // 100
-        )
+    def for_gpu(self, default_mw: int | None) -> int | None:
+        """Return the milliwatts for a GPU whose factory default is `default_mw`, rounded down.
+
+        None where this is a share and the GPU does not tell its default.
+        """
+        if self.percent is None:
+            return self.limit_mw
+        return None if default_mw is None else default_mw * self.percent // 100
 
 
 def _cgroup_root(value: str) -> str:
@@ -79,6 +82,9 @@ class EnforcerSettings(CommonSettings):
         path_value,
     )
     proc_root: Path = setting("POWER_AGENT_PROC_ROOT", "/proc", "the host's proc", path_value)
+    sysfs_root: Path = setting(
+        "POWER_AGENT_SYSFS_ROOT", "/sys", "the host's sysfs: which GPUs are on the bus", path_value
+    )
     cgroup_root: str = setting(
         "POWER_AGENT_CGROUP_ROOT",
         "auto",
@@ -129,6 +135,12 @@ class EnforcerSettings(CommonSettings):
         "restore",
         "on SIGTERM: restore every GPU, or hold the limits",
         choice("restore", "hold"),
+    )
+    exit_s: float = setting(
+        "POWER_AGENT_EXIT_SECONDS",
+        "10",
+        "on SIGTERM: how long to try to restore; below the pod's grace period",
+        seconds,
     )
     lease_s: float | None = setting(
         "POWER_AGENT_LEASE", "hold", "watcher silent: hold, or release:<seconds>", _lease

@@ -1,68 +1,100 @@
-"""How each annotated pod stands, from the GPUs as they stand. Pure: no I/O."""
+"""How each annotated pod stands, from what was decided on its GPUs. Pure: no I/O."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from enforcer.policy import Stance
 from shared import messages as m
 from shared.units import format_watts as w
 from shared.units import same_limit
 
-Clamp = Callable[[int, m.Gpu], int]  # a limit inside the bounds of a GPU, in milliwatts
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One of the GPUs that a pod uses: its record, and how the pod fares on it."""
+
+    gpu: m.Gpu
+    stance: Stance
+
+    def __str__(self) -> str:
+        """Return which GPU it is, and what is said of it."""
+        name = self.gpu.uuid if self.gpu.index is None else self.gpu.index
+        return f"GPU {name}: {self.gpu.reason}"
 
 
-def pods(asked: Iterable[m.DesiredPod], gpus: list[m.Gpu], clamp: Clamp) -> list[m.Pod]:
-    """Return what each pod asked for and what it has on the GPUs that its processes use."""
-    users: dict[str, list[m.Gpu]] = {}
+def pods(
+    asked: Iterable[m.DesiredPod],
+    gpus: Iterable[m.Gpu],
+    stances: Mapping[str, Mapping[str, Stance]],
+) -> list[m.Pod]:
+    """Return what each pod asked for and what it has.
+
+    `stances` have for each GPU's UUID how each annotated pod on it fares there.
+    """
+    shares: dict[str, list[Share]] = {}
     for gpu in gpus:
-        for uid in {*gpu.pods, *(process.owner for process in gpu.processes)}:
-            users.setdefault(uid, []).append(gpu)
-    return [_pod(pod, users.get(pod.uid, []), clamp) for pod in asked]
+        for uid, stance in stances[gpu.uuid].items():
+            shares.setdefault(uid, []).append(Share(gpu, stance))
+    return [_pod(pod, shares.get(pod.uid, [])) for pod in asked]
 
 
-def _pod(asked: m.DesiredPod, mine: list[m.Gpu], clamp: Clamp) -> m.Pod:
-    state, reason = _state(asked, mine, clamp)
+def _pod(asked: m.DesiredPod, mine: list[Share]) -> m.Pod:
+    state, reason = _state(asked, mine)
+    limits_mw = [share.gpu.limit_mw for share in mine if share.gpu.limit_mw is not None]
     return m.Pod(
         uid=asked.uid,
         namespace=asked.namespace,
         name=asked.name,
         raw=asked.raw,
         requested_mw=asked.limit_mw,
-        effective_mw=min((g.limit_mw for g in mine if g.limit_mw is not None), default=None),
-        gpus=[g.uuid for g in mine],
+        effective_mw=min(limits_mw, default=None),
+        gpus=[share.gpu.uuid for share in mine],
         state=state,
         reason=reason,
     )
 
 
-def _state(asked: m.DesiredPod, mine: list[m.Gpu], clamp: Clamp) -> tuple[m.PodState, str]:
-    broken = [gpu for gpu in mine if gpu.state in ("failed", "lost")]
+def _state(asked: m.DesiredPod, mine: list[Share]) -> tuple[m.PodState, str]:
+    broken = [share for share in mine if share.gpu.state in ("failed", "lost")]
     if broken:
-        return "failed", _of(broken[0])
+        return "failed", str(broken[0])
     if asked.limit_mw is None:
-        does = f"; {_of(mine[0])}" if mine else ""
+        does = f"; {mine[0]}" if mine else ""
         return "invalid", f"{asked.raw!r} is not decimal watts such as 350{does}"
     if not mine:
         return "waiting", "no process of it is seen on a GPU yet"
-    for gpu in mine:
-        if gpu.target_mw is None:  # held, or decided on in a dry run
-            return "waiting" if gpu.state == "managed" else "failed", _of(gpu)
-        if gpu.limit_mw is None:
-            return "failed", _of(gpu)
-        if not same_limit(gpu.limit_mw, gpu.target_mw):
-            return "waiting", f"it has {w(gpu.limit_mw)} W; {_of(gpu)}"
-    return _settled(asked.limit_mw, mine, clamp)
+    for share in mine:
+        if unsettled := _unsettled(share):
+            return unsettled
+    return _settled(asked.limit_mw, mine)
 
 
-def _settled(asked_mw: int, mine: list[m.Gpu], clamp: Clamp) -> tuple[m.PodState, str]:
-    """Return how a pod stands whose GPUs all have what they are to have."""
-    others = [gpu for gpu in mine if gpu.target_mw != clamp(asked_mw, gpu)]
+def _unsettled(share: Share) -> tuple[m.PodState, str] | None:
+    """Return the state of a pod one of whose GPUs has not what it is to have."""
+    gpu = share.gpu
+    if gpu.target_mw is None:
+        # Managed without being owned: decided on in a dry run.
+        return "waiting" if gpu.state == "managed" else "failed", str(share)
+    if gpu.limit_mw is None:
+        return "failed", str(share)
+    if not same_limit(gpu.limit_mw, gpu.target_mw):
+        return "waiting", f"it has {w(gpu.limit_mw)} W; {share}"
+    return None
+
+
+def _settled(asked_mw: int, mine: list[Share]) -> tuple[m.PodState, str]:
+    """Return the state of a pod whose GPUs all have what they are to have: its worst share's."""
+    held = [share for share in mine if share.stance == "held"]
+    if held:
+        return "failed", str(_least(held))
+    others = [share for share in mine if share.stance == "conflict"]
     if others:
-        worst = min(others, key=lambda gpu: (gpu.state != "held", gpu.target_mw or 0))
-        return "failed" if worst.state == "held" else "conflict", _of(worst)
-    for gpu in mine:
-        if gpu.target_mw != asked_mw:
-            return "clamped", f"asked {w(asked_mw)} W; {_of(gpu)}"
+        return "conflict", str(_least(others))
+    for share in mine:
+        if share.stance == "clamped":
+            return "clamped", f"asked {w(asked_mw)} W; {share}"
     return "enforced", f"{w(asked_mw)} W on {len(mine)} GPU"
 
 
-def _of(gpu: m.Gpu) -> str:
-    return f"GPU {gpu.uuid if gpu.index is None else gpu.index}: {gpu.reason}"
+def _least(shares: list[Share]) -> Share:
+    return min(shares, key=lambda share: share.gpu.target_mw or 0)

@@ -75,8 +75,8 @@ class Process(Struct, frozen=True, kw_only=True):
     evidence: str
 
 
-class Gpu(Struct, kw_only=True):
-    """enforcer -> reader: one GPU; values not known are null. The enforcer's own record of it."""
+class Gpu(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: one GPU; values not known are null."""
 
     index: int | None = None
     uuid: str
@@ -112,7 +112,7 @@ class Pod(Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Counters(Struct, kw_only=True):
+class Counters(Struct, frozen=True, kw_only=True):
     """enforcer -> reader: totals since the enforcer started."""
 
     limit_writes: int = 0
@@ -124,7 +124,7 @@ class Counters(Struct, kw_only=True):
     stale: int = 0
 
 
-class EnforcerStatus(Struct, kw_only=True):
+class EnforcerStatus(Struct, frozen=True, kw_only=True):
     """enforcer -> reader: the enforcer itself and the rules it works by."""
 
     version: str

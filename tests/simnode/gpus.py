@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -336,7 +337,7 @@ class SimGpus:
             (self.directory / log).chmod(0o666)  # refused callers of any uid are logged too
         (self.directory / "open").chmod(0o777)
         _write(self.directory / "allow_uids", "\n".join(map(str, allow_uids)))
-        _write(self.directory / "order", "\n".join(f"gpu{k}" for k in range(len(fleet))))
+        self.change_order(lambda _: [f"gpu{k}" for k in range(len(fleet))])
         self.driver_present()
         return self
 
@@ -391,7 +392,38 @@ class SimGpus:
 
     def change_order(self, change: Callable[[list[str]], list[str]]) -> None:
         with _locked(self.directory):
-            _replace(self.directory / "order", "\n".join(change(self.order())) + "\n")
+            names = change(self.order())
+            _replace(self.directory / "order", "\n".join(names) + "\n")
+            self._show_on_the_bus(names)
+
+    def _show_on_the_bus(self, names: Iterable[str]) -> None:
+        """Make the PCI bus below `sysfs_root` as sysfs shows it with these boards on it."""
+        devices = self.sysfs_root / "bus/pci/devices"
+        devices.mkdir(parents=True, exist_ok=True)
+        there = {self._address(name) for name in names}
+        for gone in {folder.name for folder in devices.iterdir()} - there:
+            shutil.rmtree(devices / gone)
+        driver = self.sysfs_root / "bus/pci/drivers/nvidia"
+        driver.mkdir(parents=True, exist_ok=True)
+        for address in there:
+            folder = devices / address
+            if not folder.exists():
+                # As one step: a reader never sees a device without its vendor.
+                new = self.sysfs_root / f".{address}"
+                new.mkdir()
+                (new / "vendor").write_text("0x10de\n")
+                (new / "driver").symlink_to(driver)
+                new.rename(folder)
+
+    def _address(self, name: str) -> str:
+        """Return a board's address as sysfs has it: NVML's has eight digits for the domain."""
+        domain, bus, slot = (self.directory / name / "pci").read_text().strip().lower().split(":")
+        return f"{int(domain, 16):04x}:{bus}:{slot}"
+
+    @property
+    def sysfs_root(self) -> Path:
+        """What POWER_AGENT_SYSFS_ROOT is on this node: its PCI bus and nothing else."""
+        return self.directory / "sys"
 
     # -- driver and machine --
 
@@ -494,4 +526,8 @@ class SimGpus:
     def environment(self) -> dict[str, str]:
         """Variables under which a process loads this node's NVML."""
         path = [str(build_library()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        return {"SIM_NVML_DIR": str(self.directory.absolute()), "LD_LIBRARY_PATH": ":".join(path)}
+        return {
+            "SIM_NVML_DIR": str(self.directory.absolute()),
+            "LD_LIBRARY_PATH": ":".join(path),
+            "POWER_AGENT_SYSFS_ROOT": str(self.sysfs_root.absolute()),
+        }

@@ -80,6 +80,13 @@ class Case:
         return occupants is None or Stranger.UNKNOWN in occupants
 
 
+def hardware(gpu: SeenGpu) -> tuple[int, int]:
+    """The bounds of a board, which all of these boards tell."""
+    assert gpu.min_mw is not None
+    assert gpu.max_mw is not None
+    return gpu.min_mw, gpu.max_mw
+
+
 class Maker:
     """Makes cases from choices, whoever makes those: hypothesis or a seeded generator."""
 
@@ -112,7 +119,7 @@ class Maker:
 
     def owned(self, gpu: SeenGpu) -> Owned:
         """What this or an earlier enforcer, perhaps with other bounds, wrote to `gpu`."""
-        limits = self.limit(gpu.min_mw, gpu.max_mw), self.limit(gpu.min_mw, gpu.max_mw)
+        limits = self.limit(*hardware(gpu)), self.limit(*hardware(gpu))
         return Owned(*limits, frozenset([self.one(*PODS), *self.some(PODS, 2)]))
 
     def rules(self) -> EnforcerSettings:
@@ -176,7 +183,7 @@ def i3_no_write_leaves_the_bounds(case: Case) -> None:
     if decision.action in (None, "note"):
         return
     assert decision.target_mw is not None
-    low_mw, high_mw = case.gpu.min_mw, case.gpu.max_mw
+    low_mw, high_mw = hardware(case.gpu)
     if decision.action != "release":  # what was found is given back, whatever was narrowed since
         low_mw = max(low_mw, case.rules.min_mw or 0)
         high_mw = min(high_mw, case.rules.max_mw or high_mw)
@@ -203,7 +210,7 @@ def i4_up_only_on_evidence(case: Case) -> None:
         # Somebody there asks for that much, or the safe default speaks for those who cannot.
         there = asking or annotated
         usable = [mw for uid in there if (mw := case.desired.pods[uid]) is not None]
-        clamped_up = max(case.gpu.min_mw, case.rules.min_mw or 0) == decision.target_mw
+        clamped_up = max(hardware(case.gpu)[0], case.rules.min_mw or 0) == decision.target_mw
         by_default = case.rules.safe_default and not there & case.owned.pods
         assert usable or by_default or clamped_up
 
@@ -255,7 +262,7 @@ def applied(case: Case, decision: Decision, step_mw: int) -> Case:
     if decision.action == "note":
         assert owned is not None
         return replace(case, owned=replace(owned, pods=decision.pods))
-    original_mw = owned.original_mw if owned else gpu.limit_mw or gpu.default_mw
+    original_mw = owned.original_mw if owned else gpu.limit_mw or hardware(gpu)[1]
     written = replace(gpu, limit_mw=decision.target_mw // step_mw * step_mw)
     if decision.action == "release":
         return replace(case, gpu=written, owned=None)

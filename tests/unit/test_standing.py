@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enforcer import standing
+from enforcer.policy import Stance
 from shared import messages as m
 
 A, B = "pod-a", "pod-b"
@@ -14,5 +15,6 @@ def test_a_pod_held_above_its_limit_is_failed_whatever_it_has_elsewhere() -> Non
         m.Gpu(index=0, uuid="0", limit_mw=300_000, target_mw=300_000, state="managed", pods=[A, B]),
         m.Gpu(index=1, uuid="1", limit_mw=500_000, target_mw=500_000, state="held", pods=[A]),
     ]
-    (pod,) = standing.pods([asks], gpus, lambda limit_mw, _: limit_mw)
+    stances: dict[str, dict[str, Stance]] = {"0": {A: "conflict"}, "1": {A: "held"}}
+    (pod,) = standing.pods([asks], gpus, stances)
     assert pod.state == "failed"

@@ -1,0 +1,158 @@
+"""The session with the driver: when it is opened, opened anew, and let go. Pure: no NVML here.
+
+A session is dear. Opening one costs one to two seconds with eight GPUs, and half a minute where
+persistence mode is off; all wait for it meanwhile. Where it fails, no GPU can be reached at all.
+So a session is kept, and opened anew only for a reason to expect more of it:
+
+| the session is | and                                                           | step      |
+|----------------|---------------------------------------------------------------|-----------|
+| shut           | something is asked for or owned                               | open      |
+| shut           | nothing is                                                    | keep      |
+| refused        | its wait is over                                              | open      |
+| refused        | its wait is not over                                          | keep      |
+| open           | nothing is asked for or owned                                 | shut      |
+| open           | a GPU has just been lost, or a device has come to the bus     | open anew |
+| open           | a GPU is missing, none is in use, and it is ten minutes old   | open anew |
+| open           | a GPU or a fact of one is missing, and its wait is over       | list      |
+| open           | all else                                                      | keep      |
+
+To list the boards of an open session again costs next to nothing, and finds those that had a
+passing fault. The session has to be let go as well: an open handle keeps a driver from being
+upgraded.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from shared.pace import Backoff
+
+# What comes back is not listed at once: three tries, after 0, 1 and 3 seconds.
+_TRIES = 3
+# With a GPU missing and no reason to expect it back.
+_WITHOUT_REASON_S = 600.0
+_FIRST_S = 1.0
+_MOST_S = 32.0
+
+Devices = frozenset[str] | None  # on the bus; None where that cannot be told
+
+
+class Step(Enum):
+    """What is to be done about the session."""
+
+    KEEP = "keep"
+    OPEN = "open"
+    LIST = "list"
+    SHUT = "shut"
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A reason to expect more of a new session: how many tries are left, and when."""
+
+    left: int
+    due_s: float
+    wait_s: float = _FIRST_S
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """No session, and none is missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No session: opening failed, and is tried again when `again` lets it."""
+
+    why: str
+    absent: bool
+    again: Backoff
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A session; handles of one with another `number` are worthless.
+
+    `faults` are what went wrong on listing and may not do so again. `devices` were on the bus.
+    """
+
+    number: int
+    since_s: float
+    faults: tuple[str, ...]
+    again: Backoff
+    devices: Devices
+    search: Search | None
+
+
+Driver = Shut | Refused | Open
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What bears on the session. `used`: a GPU that answers is owned, or a pod's that asks."""
+
+    needed: bool
+    missing: bool
+    used: bool
+
+
+def next_step(driver: Driver, view: View, now_s: float) -> Step:
+    """Return what is to be done now: the table above."""
+    if isinstance(driver, Shut):
+        return Step.OPEN if view.needed else Step.KEEP
+    if isinstance(driver, Refused):
+        return Step.OPEN if driver.again.may(now_s) else Step.KEEP
+    if not view.needed:
+        return Step.SHUT
+    if driver.search is not None and now_s >= driver.search.due_s:
+        return Step.OPEN
+    old = now_s >= driver.since_s + _WITHOUT_REASON_S
+    if view.missing and not view.used and old:
+        return Step.OPEN
+    if (driver.faults or view.missing) and driver.again.may(now_s):
+        return Step.LIST
+    return Step.KEEP
+
+
+def refused(before: Driver, why: str, *, absent: bool, now_s: float) -> Refused:
+    """Return the state after a session that could not be opened."""
+    again = before.again if isinstance(before, Refused) else Backoff(_FIRST_S, _MOST_S)
+    return Refused(why, absent, again.failed(now_s))
+
+
+def opened(before: Driver, number: int, devices: Devices, now_s: float) -> Open:
+    """Return the state after a session was opened, before its boards are listed."""
+    search = before.search if isinstance(before, Open) else None
+    again = Backoff(_FIRST_S, _MOST_S)
+    return Open(number, now_s, (), again, devices, _next_try(search, now_s))
+
+
+def _next_try(search: Search | None, now_s: float) -> Search | None:
+    if search is None or search.left <= 1:
+        return None
+    return Search(search.left - 1, now_s + search.wait_s, search.wait_s * 2)
+
+
+def listed(driver: Open, faults: tuple[str, ...], *, missing: bool, now_s: float) -> Open:
+    """Return the state after the boards were listed; `missing`: a GPU that was known is not there.
+
+    Where all are there, nothing is searched for any more.
+    """
+    if faults or missing:
+        return replace(driver, faults=faults, again=driver.again.failed(now_s))
+    return replace(driver, faults=(), again=driver.again.cleared(), search=None)
+
+
+def lost_one(driver: Open, due_s: float) -> Open:
+    """Return the state after a GPU was lost: it may be back in a new session, from `due_s` on."""
+    if driver.search is not None and driver.search.due_s <= due_s:
+        return driver
+    return replace(driver, search=Search(_TRIES, due_s))
+
+
+def on_the_bus(driver: Open, devices: Devices, now_s: float) -> Open:
+    """Return the state after a look at the bus: what came to it may be had in a new session."""
+    if devices is None or devices == driver.devices:
+        return driver
+    came = driver.devices is not None and bool(devices - driver.devices)
+    search = Search(_TRIES, now_s) if came else driver.search
+    return replace(driver, devices=devices, search=search)

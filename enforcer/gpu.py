@@ -1,0 +1,395 @@
+"""One GPU as a value, and everything that can happen to it. Pure: no I/O, the time is handed in.
+
+Where it is:
+
+| it is    | and then              | it is    | told                                       |
+|----------|-----------------------|----------|--------------------------------------------|
+| unseen   | it answers            | present  |                                            |
+| unseen   | it does not           | lost     | gpu_lost                                   |
+| present  | it answers anew       | present  |                                            |
+| present  | it does not           | lost     | gpu_lost                                   |
+| lost     | it answers            | present  | gpu_back                                   |
+| lost     | it does not           | lost     |                                            |
+
+What became of a write (`after`):
+
+| the write             | was to    | what it is then           | told                             |
+|-----------------------|-----------|---------------------------|----------------------------------|
+| held                  | acquire   | managed                   | limit_set |
+| held                  | adjust    | managed                   | limit_set |
+| held                  | drift     | managed, one drift more   | limit_drifted, once for a value |
+| held                  | release   | free                      | limit_released |
+| held                  | note      | managed                   | |
+| was refused           | any       | failed, and waits         | limit_failed, once for a reason |
+| was refused as lost   | any       | lost                      | limit_failed, gpu_lost |
+| did not hold          | any       | failed, and waits         | limit_failed, once for a reason |
+| was not entered       | acquire   | failed, and waits         | limit_failed, once for a reason |
+
+A write that failed is tried again as what it was: a refused release is no drift, and a refused
+first set counts as the first. Its wait does not delay another target.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from enforcer.device import UNKNOWN, UNREAD, Board, DeviceError, Facts, Reading
+from enforcer.policy import UNDECIDED, Action, Decision, Desired, Occupants, SeenGpu
+from enforcer.sources import Sighting
+from shared.pace import Backoff
+from shared.units import same_limit
+
+# Frequent writes disturb collective operations on the GPU.
+WRITE_GAP_S = 0.1
+_AGAIN = Backoff(first_s=1.0, most_s=32.0)
+# A GPU that is lost again and again is searched for ever more seldom.
+_LOST = Backoff(first_s=1.0, most_s=600.0)
+
+Kind = Literal[
+    "limit_set", "limit_released", "limit_failed", "limit_drifted", "gpu_lost", "gpu_back"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """It is owned since before this start, and the driver was not asked yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """It does not answer. `session` is the one in which its handle became worthless, if any."""
+
+    why: str
+    session: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """It answers: its board, and what was last read and seen of it in this session."""
+
+    board: Board
+    session: int
+    since_s: float
+    reading: Reading = UNREAD
+    sighting: Sighting | None = None
+
+
+UNSEEN = Unseen()
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What could not be done last: the decision, the driver's error, and when to try again."""
+
+    decision: Decision
+    error: str
+    why: str
+    again: Backoff
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU between turns. What the ledger has of it is the ledger's alone."""
+
+    uuid: str
+    where: Unseen | Lost | Present = UNSEEN
+    facts: Facts = UNKNOWN
+    decision: Decision = UNDECIDED
+    said: str = UNDECIDED.state
+    trouble: Trouble | None = None
+    losses: Backoff = _LOST
+    wrote_s: float | None = None
+    drifted_to_mw: int | None = None
+    drifts: int = 0
+    writes: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def limit_mw(self) -> int | None:
+        """The limit as last read."""
+        return self.where.reading.limit_mw if isinstance(self.where, Present) else None
+
+    @property
+    def index(self) -> int | None:
+        """Its number for the driver, which changes when another GPU comes or goes."""
+        return self.where.board.index if isinstance(self.where, Present) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """What is told to people of one GPU; limits in milliwatts."""
+
+    kind: Kind
+    index: int | None
+    uuid: str
+    pods: frozenset[str]
+    from_mw: int | None
+    to_mw: int | None
+    reason: str
+    why: str
+
+
+# What became of a write. `reading` is what was read after it.
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """The hardware took the target, or had it already (`before_mw`): see what is read of it."""
+
+    before_mw: int
+    reading: Reading
+
+
+Call = Literal["read before", "set", "read after"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A call was refused: reading before the set, the set itself, or reading after it was taken."""
+
+    error: DeviceError
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """The ledger has it, and the hardware has nothing to learn."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotEntered:
+    """The ledger could not take the original limit, so nothing was written (I2)."""
+
+    error: Literal["LEDGER", "UNREADABLE"]
+    why: str
+
+
+Outcome = Wrote | Refused | Noted | NotEntered
+
+
+# ---- where it is ----
+
+
+def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list[Happening]]:
+    """Return the GPU after it answered in that session."""
+    facts = board.facts.or_else(gpu.facts)
+    since_s = gpu.where.since_s if isinstance(gpu.where, Present) else now_s
+    here = replace(gpu, facts=facts, where=Present(board, session, since_s))
+    if not isinstance(gpu.where, Lost):
+        return here, []
+    return here, [_told(here, "gpu_back", None, f"it answers again, as GPU {board.index}")]
+
+
+def lost(gpu: Gpu, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
+    """Return the GPU after it did not answer; what was decided about it holds no longer.
+
+    Its `losses` say from when on it may be worth a search.
+    """
+    if isinstance(gpu.where, Lost):
+        return replace(gpu, where=replace(gpu.where, why=why)), []
+    session, losses = None, gpu.losses
+    if isinstance(gpu.where, Present):
+        session = gpu.where.session
+        losses = _losses(gpu.losses, gpu.where, now_s).failed(now_s)
+    # Who suffers from it is not forgotten.
+    decision = replace(UNDECIDED, state="lost", reason=why, stances=gpu.decision.stances)
+    gone = replace(gpu, where=Lost(why, session), decision=decision, trouble=None, losses=losses)
+    return gone, [_told(gone, "gpu_lost", None, why)]
+
+
+def _losses(losses: Backoff, here: Present, now_s: float) -> Backoff:
+    """Return the losses that still count: those before a long time in which all was well do not."""
+    return losses.cleared() if now_s - here.since_s > losses.next_wait_s else losses
+
+
+def search_s(gpu: Gpu, now_s: float) -> float:
+    """Return from when on a GPU that is lost now is worth a search."""
+    if not isinstance(gpu.where, Present):
+        return now_s
+    due_s = _losses(gpu.losses, gpu.where, now_s).due_s
+    return now_s if due_s is None else max(now_s, due_s)
+
+
+def may_be_back(gpu: Gpu, session: int, now_s: float) -> bool:
+    """Tell whether to believe a listing: a handle that became worthless is not asked at once."""
+    if not isinstance(gpu.where, Lost) or gpu.where.session != session:
+        return True
+    return gpu.losses.may(now_s)
+
+
+def shut(gpu: Gpu) -> Gpu:
+    """Return the GPU after the driver was let go: what was read of it holds no longer."""
+    if not isinstance(gpu.where, Present):
+        return gpu
+    return replace(gpu, where=replace(gpu.where, reading=UNREAD))
+
+
+def was_read(gpu: Gpu, reading: Reading) -> Gpu:
+    """Return the GPU with a new reading."""
+    if not isinstance(gpu.where, Present):
+        return gpu
+    return replace(gpu, where=replace(gpu.where, reading=reading))
+
+
+def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
+    """Return the GPU with a new look at who holds it."""
+    if not isinstance(gpu.where, Present):
+        return gpu
+    return replace(gpu, where=replace(gpu.where, sighting=sighting))
+
+
+def owners(gpu: Gpu) -> Occupants | None:
+    """Return who holds it, None where that is not known."""
+    if not isinstance(gpu.where, Present) or gpu.where.sighting is None:
+        return None
+    return gpu.where.sighting.owners
+
+
+def is_used(gpu: Gpu, desired: Desired, owned: bool) -> bool:
+    """Tell whether it answers and is owned, or a pod's that asks for something."""
+    if not isinstance(gpu.where, Present):
+        return False
+    return owned or bool(desired.pods_among(owners(gpu) or ()) & desired.pods.keys())
+
+
+def view_of(gpu: Gpu) -> SeenGpu | None:
+    """Return what policy needs to know of it, None while it does not answer."""
+    if not isinstance(gpu.where, Present):
+        return None
+    facts = gpu.facts
+    return SeenGpu(
+        uuid=gpu.uuid,
+        occupants=owners(gpu),
+        limit_mw=gpu.limit_mw,
+        default_mw=facts.default_mw,
+        min_mw=facts.min_mw,
+        max_mw=facts.max_mw,
+    )
+
+
+# ---- what it is to have ----
+
+
+def decided(gpu: Gpu, decision: Decision, *, dry_run: bool) -> Gpu:
+    """Return the GPU with a decision; where nothing is to be done, no trouble is left."""
+    action = decision.action
+    if gpu.trouble and action == "drift":
+        action = gpu.trouble.decision.action
+    reason = decision.reason
+    if dry_run and action:
+        action = None
+        reason = f"dry run, nothing is written; would be: {reason}"
+    trouble = gpu.trouble if action else None
+    said = gpu.said if decision is UNDECIDED else decision.state
+    final = replace(decision, action=action, reason=reason)
+    return replace(gpu, decision=final, said=said, trouble=trouble)
+
+
+def may_write_s(gpu: Gpu) -> float | None:
+    """Return from when on its write may go out, None where there is none to do."""
+    if gpu.decision.action is None:
+        return None
+    paced_s = 0.0 if gpu.wrote_s is None else gpu.wrote_s + WRITE_GAP_S
+    trouble = gpu.trouble
+    if trouble is None or trouble.decision.target_mw != gpu.decision.target_mw:
+        return paced_s
+    return max(paced_s, trouble.again.due_s or 0.0)
+
+
+def is_ready(gpu: Gpu, now_s: float) -> bool:
+    """Tell whether its write may go out now."""
+    due_s = may_write_s(gpu)
+    return due_s is not None and now_s >= due_s
+
+
+def at_once(gpu: Gpu) -> Gpu:
+    """Return the GPU without any wait: this is the last chance."""
+    trouble = gpu.trouble and replace(gpu.trouble, again=_AGAIN)
+    return replace(gpu, wrote_s=None, trouble=trouble)
+
+
+# ---- what became of a write ----
+
+
+def after(gpu: Gpu, outcome: Outcome, now_s: float) -> tuple[Gpu, list[Happening]]:
+    """Return the GPU after a try to carry out its decision, and what is to be told of it."""
+    match outcome:
+        case Noted():
+            return _done(gpu), []
+        case NotEntered():
+            return _failed(gpu, outcome.error, outcome.why, now_s)
+        case Refused():
+            return _refused(gpu, outcome, now_s)
+        case Wrote():
+            return _wrote(gpu, outcome, now_s)
+
+
+def _refused(gpu: Gpu, outcome: Refused, now_s: float) -> tuple[Gpu, list[Happening]]:
+    if outcome.call != "read before":
+        gpu = replace(gpu, wrote_s=now_s)
+    if outcome.call == "read after":
+        gpu = was_read(_counted(gpu), UNREAD)
+    why = str(outcome.error)
+    gpu, told = _failed(gpu, outcome.error.name, why, now_s)
+    if not outcome.error.stale:
+        return gpu, told
+    gpu, more = lost(gpu, why, now_s)
+    return gpu, told + more
+
+
+def _wrote(gpu: Gpu, outcome: Wrote, now_s: float) -> tuple[Gpu, list[Happening]]:
+    target_mw, reads_mw = gpu.decision.target_mw, outcome.reading.limit_mw
+    if outcome.before_mw != target_mw:
+        gpu = replace(_counted(gpu), wrote_s=now_s)
+    gpu = was_read(gpu, outcome.reading)
+    if target_mw is None or reads_mw is None or not same_limit(reads_mw, target_mw):
+        why = f"set to {target_mw} mW without an error, yet it reads {reads_mw} mW"
+        return _failed(gpu, "NOT_HELD", why, now_s)
+    return _held(gpu, outcome.before_mw)
+
+
+def _counted(gpu: Gpu) -> Gpu:
+    """Count a set that the hardware took."""
+    return replace(gpu, writes=_one_more(gpu.writes, str(gpu.decision.action)))
+
+
+def _held(gpu: Gpu, before_mw: int) -> tuple[Gpu, list[Happening]]:
+    action, why = gpu.decision.action, gpu.decision.reason
+    settled = replace(_done(gpu), drifted_to_mw=None)
+    if action == "release":
+        return settled, [_told(gpu, "limit_released", before_mw, why)]
+    if action != "drift":
+        return settled, [_told(gpu, "limit_set", before_mw, why)]
+    settled = replace(settled, drifts=gpu.drifts + 1, drifted_to_mw=before_mw)
+    if gpu.drifted_to_mw == before_mw:  # told once for a value: it may come every second
+        return settled, []
+    why = f"somebody else had changed it; again {why}"
+    return settled, [_told(gpu, "limit_drifted", before_mw, why)]
+
+
+def _done(gpu: Gpu) -> Gpu:
+    return replace(gpu, decision=replace(gpu.decision, action=None), trouble=None)
+
+
+def _failed(gpu: Gpu, error: str, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
+    """Count the failure, tell it once, and let the next try wait for longer."""
+    gpu = replace(gpu, failures=_one_more(gpu.failures, error))
+    known, again = gpu.trouble, _AGAIN
+    same = known is not None and (known.decision, known.why) == (gpu.decision, why)
+    if known is not None and same:
+        again = known.again
+    trouble = Trouble(gpu.decision, error, why, again.failed(now_s))
+    told = [] if same else [_told(gpu, "limit_failed", gpu.limit_mw, why)]
+    return replace(gpu, trouble=trouble), told
+
+
+def _one_more(counts: Mapping[str, int], name: str) -> dict[str, int]:
+    return {**counts, name: counts.get(name, 0) + 1}
+
+
+def _told(gpu: Gpu, kind: Kind, from_mw: int | None, why: str) -> Happening:
+    decision = gpu.decision
+    reason: Action | str = decision.action or decision.state
+    return Happening(
+        kind, gpu.index, gpu.uuid, decision.pods, from_mw, decision.target_mw, reason, why
+    )

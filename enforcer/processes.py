@@ -1,0 +1,43 @@
+"""The processes on a GPU as evidence of who holds it: the device names pids, /proc their pods."""
+
+from typing import Protocol
+
+from enforcer import procfs
+from enforcer.device import Board, Device, DeviceError
+from enforcer.policy import Stranger
+from enforcer.sources import Occupant, Sighting
+
+
+class Reader(Protocol):
+    """What `procfs.ProcessReader` offers."""
+
+    def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
+        """Tell whose process `pid` is; None where it has ended."""
+
+
+class Processes:
+    """A `Source`: nothing that it has seen is remembered."""
+
+    def __init__(self, device: Device, reader: Reader) -> None:
+        """Take pids from `device` and their pods from `reader`."""
+        self._device = device
+        self._reader = reader
+
+    def look(self, board: Board) -> Sighting:
+        """Return whose processes are on a board; raises DeviceError where its handle is worthless.
+
+        A list that cannot be read is no empty list (I5).
+        """
+        asked_ticks = procfs.now_ticks()
+        try:
+            pids = self._device.pids(board)
+        except DeviceError as error:
+            if error.stale:
+                raise
+            return Sighting(None, str(error))
+        seen = []
+        for pid in sorted(pids):
+            owner, evidence = self._reader.owner(pid, asked_ticks)
+            if owner is not None:
+                seen.append(Occupant(owner, pid, evidence))
+        return Sighting(tuple(seen))

@@ -1,0 +1,145 @@
+"""What goes over the socket about this node: built here, from values, and nowhere else. Pure."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from enforcer import standing
+from enforcer.desk import Tally
+from enforcer.driver import Open, Refused
+from enforcer.gpu import Gpu, Lost, Present, Unseen
+from enforcer.policy import Desired, Owned
+from enforcer.settings import EnforcerSettings
+from enforcer.sources import Sighting
+from shared import __version__
+from shared import messages as m
+
+_SHOWN = 32  # processes that a GPU shows in an answer
+
+
+def about(config: EnforcerSettings, cgroup_roots: Iterable[str], ledger: Path) -> m.EnforcerStatus:
+    """Return what is said of the enforcer itself, as of its start."""
+    return m.EnforcerStatus(
+        version=__version__,
+        pid=os.getpid(),
+        dry_run=config.dry_run,
+        min_mw=config.min_mw,
+        max_mw=config.max_mw,
+        conflict=config.conflict,
+        cgroup_roots=list(cgroup_roots),
+        ledger=str(ledger),
+    )
+
+
+def nvml_state(driver: Open | Refused, gpus: Iterable[Gpu]) -> tuple[m.NvmlState, str]:
+    """Return how NVML does and why.
+
+    It does well while one GPU can be used: a broken one is said, and is no reason to call it so.
+    """
+    if isinstance(driver, Refused):
+        return ("absent" if driver.absent else "failing"), driver.why
+    usable = any(isinstance(gpu.where, Present) and gpu.facts.max_mw for gpu in gpus)
+    state: m.NvmlState = "ok" if usable or not driver.faults else "failing"
+    return state, "; ".join(driver.faults) or "ok"
+
+
+def records(gpus: Iterable[Gpu], owned: Mapping[str, Owned], desired: Desired) -> list[m.Gpu]:
+    """Return the record of each GPU, in the driver's order, those that do not answer last."""
+    found = [record(gpu, owned.get(gpu.uuid), desired) for gpu in gpus]
+    return sorted(found, key=lambda gpu: (gpu.index is None, gpu.index, gpu.uuid))
+
+
+def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
+    """Return what is shown of one GPU; `owned` is what the ledger has of it."""
+    decision, facts = gpu.decision, gpu.facts
+    state, reason = _state(gpu)
+    pods = decision.pods
+    target_mw = None
+    if owned is not None:
+        pods = pods or owned.pods
+        target_mw = decision.target_mw or owned.set_mw
+    here = gpu.where if isinstance(gpu.where, Present) else None
+    reading = here.reading if here else None
+    return m.Gpu(
+        index=gpu.index,
+        uuid=gpu.uuid,
+        name=facts.name,
+        limit_mw=reading.limit_mw if reading else None,
+        enforced_mw=reading.enforced_mw if reading else None,
+        default_mw=facts.default_mw,
+        min_mw=facts.min_mw,
+        max_mw=facts.max_mw,
+        power_mw=reading.power_mw if reading else None,
+        managed=owned is not None,
+        original_mw=owned.original_mw if owned else None,
+        target_mw=target_mw,
+        pods=sorted(pods),
+        state=state,
+        reason=reason,
+        processes=_processes(here.sighting, desired) if here else [],
+        writes=dict(gpu.writes),
+        write_failures=dict(gpu.failures),
+    )
+
+
+def _state(gpu: Gpu) -> tuple[m.GpuState, str]:
+    """Return its state; what failed last outranks what was decided."""
+    match gpu.where:
+        case Unseen():
+            return "held", "owned since before this start, not seen yet"
+        case Lost(why=why):
+            return "lost", why
+        case Present():
+            if gpu.trouble is not None:
+                return "failed", gpu.trouble.why
+            return gpu.decision.state, gpu.decision.reason
+
+
+def _processes(sighting: Sighting | None, desired: Desired) -> list[m.Process]:
+    """Return the processes on a GPU, those of pods that ask for something first."""
+    if sighting is None:
+        return []
+    if sighting.occupants is None:
+        return [m.Process(pid=0, owner="unknown", evidence=sighting.why)]
+    shown = []
+    for occupant in sighting.occupants:
+        owner = occupant.owner
+        name = desired.uid_of(owner) if isinstance(owner, str) else owner.value
+        shown.append(m.Process(pid=occupant.pid, owner=name, evidence=occupant.evidence))
+    shown.sort(key=lambda process: process.owner not in desired.pods)
+    return shown[:_SHOWN]
+
+
+def answer(request: m.Request, status: m.StatusReply) -> m.Reply:
+    """Return the answer to `request`: all of the status, or what the watcher needs of it."""
+    if not isinstance(request, m.Snapshot):
+        return status
+    return m.Report(
+        session=request.session,
+        revision=request.revision,
+        nvml=status.enforcer.nvml,
+        nvml_message=status.enforcer.nvml_message,
+        gpus=status.gpus,
+        pods=status.pods,
+        counters=status.counters,
+    )
+
+
+def pods(asked: Iterable[m.DesiredPod], gpus: Iterable[Gpu], shown: Iterable[m.Gpu]) -> list[m.Pod]:
+    """Return how each annotated pod stands on the GPUs of `shown`."""
+    stances = {gpu.uuid: gpu.decision.stances for gpu in gpus}
+    return standing.pods(asked, shown, stances)
+
+
+def counters(gpus: Iterable[Gpu], tally: Tally) -> m.Counters:
+    """Return the totals since the start."""
+    known = list(gpus)
+    return m.Counters(
+        limit_writes=sum(sum(gpu.writes.values()) for gpu in known),
+        limit_write_failures=sum(sum(gpu.failures.values()) for gpu in known),
+        drifts=sum(gpu.drifts for gpu in known),
+        snapshots=tally.snapshots,
+        denied=tally.denied,
+        malformed=tally.malformed,
+        stale=tally.stale,
+    )
