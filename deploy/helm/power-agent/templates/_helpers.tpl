@@ -83,6 +83,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   (list "POWER_AGENT_CONFLICT" $s.conflict)
   (list "POWER_AGENT_RELEASE_TO" $s.releaseTo)
   (list "POWER_AGENT_ON_EXIT" $s.onExit)
+  (list "POWER_AGENT_EXIT_SECONDS" $s.exitSeconds)
   (list "POWER_AGENT_LEASE" $s.lease)
   (list "POWER_AGENT_DRY_RUN" $s.dryRun)
   (list "POWER_AGENT_SCAN_SECONDS" $s.scanSeconds)
@@ -91,6 +92,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   (list "POWER_AGENT_READER_UIDS" $s.readerUids)
   (list "POWER_AGENT_STATE_DIR" $s.stateDir)
   (list "POWER_AGENT_PROC_ROOT" $s.procRoot)
+  (list "POWER_AGENT_SYSFS_ROOT" $s.sysfsRoot)
   (list "POWER_AGENT_CGROUP_ROOT" $s.cgroupRoot)
 ) }}
 {{- end }}
