@@ -238,7 +238,6 @@ SETTINGS_REFUSED: dict[str, tuple[Object, str]] = {
     "a share of nothing": ({"safeDefault": "0%"}, "a share between 1% and 100%"),
     "more than all": ({"safeDefault": "101%"}, "a share between 1% and 100%"),
     "safe default in words": ({"safeDefault": "low"}, "watts, such as 300"),
-    "exit too long": ({"exitSeconds": 26}, "between 0.05 and 25"),
     "exit unknown": ({"onExit": "leave"}, "'restore', 'hold'"),
     "release unknown": ({"releaseTo": "factory"}, "'original', 'default'"),
     "lease unknown": ({"lease": "30"}, "hold, or release:<seconds>"),
@@ -318,6 +317,9 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "latest": ({"image": {"tag": "latest"}}, "not latest: nodes would run different ones"),
     "tag that is no tag": ({"image": {"tag": "v1 0"}}, "a released version such as v1.0.0"),
     "digest that is none": ({"image": {"digest": "sha256:1"}}, "sha256:<64 hex digits>"),
+    "a stop longer than the pod is given": (
+        {"settings": {"exitSeconds": 26}}, "between 0.05 and 25",
+    ),
     "root as watcher": ({"settings": {"watcherUid": 0}}, "minimum: got 0, want 1"),
     "an annotation that is none": (
         {"settings": {"annotation": "a b"}}, "an annotation key such as dynamo",
