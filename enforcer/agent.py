@@ -225,8 +225,9 @@ class Agent:
     # ---- settle and tell: all changing ----
 
     def _settle(self, gpu: Gpu, outcome: Outcome) -> None:
-        settled = self._fleet.become(*one.after(gpu, outcome, self._clock.now_s()))
-        if gpu.decision.action == "release" and settled.decision.action is None:
+        settled, told = one.after(gpu, outcome, self._clock.now_s())
+        self._fleet.become(settled, told)
+        if any(happening.kind == "limit_released" for happening in told):
             left = {uuid: e for uuid, e in self._ledger.entries.items() if uuid != gpu.uuid}
             self._store(left)
 

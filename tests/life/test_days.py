@@ -1,0 +1,279 @@
+"""Days in the enforcer's life, one after the other, on a clock that the test moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from enforcer.device import Facts
+from enforcer.policy import Stranger
+from shared import messages as m
+from tests.life.life import Life
+
+A, B = "pod-a", "pod-b"
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Life:
+    return Life(tmp_path / "state")
+
+
+def test_a_limit_is_set_changed_and_given_back(life: Life) -> None:
+    pid = life.run(A)
+    life.snapshot({A: 300})
+    assert life.watts() == 300
+    assert life.pod(A).state == "enforced"
+    life.snapshot({A: 100})
+    life.pass_s(1)
+    assert (life.watts(), life.pod(A).state) == (200, "clamped")
+    life.end(pid)
+    life.snapshot({})
+    life.pass_s(1)
+    assert life.watts() == 700
+    assert life.on_disk() == {}
+
+
+# ---- the session ----
+
+
+def test_a_pod_that_never_opens_a_gpu_causes_no_new_session(life: Life) -> None:
+    life.snapshot({A: 300})
+    life.pass_s(3600)
+    assert len(life.device.opens) == 1
+
+
+def test_a_broken_board_costs_the_others_no_session(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.vanish("GPU-1")
+    life.pass_s(3600)
+    assert life.gpu(1).state == "lost"
+    # One after it was lost, and two more in case it is back at once.
+    assert len(life.device.opens) == 1 + 3
+    assert life.watts() == 300
+
+
+def test_with_no_gpu_in_use_a_missing_one_is_tried_every_ten_minutes(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.vanish("GPU-0")
+    life.pass_s(60)
+    soon = len(life.device.opens)
+    assert soon == 1 + 3
+    life.pass_s(3600)
+    assert len(life.device.opens) - soon == 6
+
+
+def test_a_gpu_that_comes_back_to_the_bus_is_had_at_once(life: Life) -> None:
+    life.run(A, 0)
+    life.run(B, 1)
+    life.snapshot({A: 300, B: 400})
+    life.device.vanish("GPU-0")
+    life.pass_s(300)
+    assert life.gpu(0).state == "lost"
+    life.board(0).limit_mw = 700_000
+    life.device.reappear("GPU-0")
+    life.pass_s(5)
+    assert (life.gpu(0).state, life.watts(0)) == ("managed", 300)
+    opens = len(life.device.opens)
+    life.pass_s(3600)
+    assert len(life.device.opens) == opens
+
+
+def test_without_sysfs_a_missing_gpu_is_no_storm_either(life: Life) -> None:
+    life.bus.readable = False
+    life.run(B, 1)
+    life.snapshot({B: 300})
+    life.device.vanish("GPU-0")
+    life.pass_s(3600)
+    assert len(life.device.opens) == 1 + 3
+
+
+def test_a_gpu_that_is_lost_again_and_again_is_searched_ever_more_seldom(life: Life) -> None:
+    life.run(A, 0)
+    life.run(B, 1)
+    life.board(0).faults["set"] = "GPU_IS_LOST"
+    life.snapshot({A: 300, B: 300})
+    life.pass_s(3600)
+    assert len(life.device.opens) < 40
+    assert len(life.log.events("gpu_lost")) < 40
+    assert life.watts(1) == 300
+
+
+def test_a_gpu_whose_list_says_lost_is_not_said_to_be_back(life: Life) -> None:
+    life.run(B, 1)
+    life.snapshot({B: 300})
+    life.board(0).faults["pids"] = "GPU_IS_LOST"
+    life.pass_s(600)
+    assert life.log.events("gpu_back") == []
+    life.board(0).faults.clear()
+    life.pass_s(60)
+    assert len(life.log.events("gpu_back")) == 1  # in the session that is open
+    assert len(life.device.opens) == 1 + 3
+
+
+def test_a_session_that_is_refused_is_tried_for_ever(life: Life) -> None:
+    life.device.faults["open"] = "DRIVER_NOT_LOADED"
+    life.run(A)
+    life.snapshot({A: 300})
+    life.pass_s(600)
+    assert 15 < len(life.device.opens) < 30
+    assert life.status().enforcer.nvml == "absent"
+    life.device.faults.clear()
+    life.pass_s(60)
+    assert life.watts() == 300
+    assert [line["state"] for line in life.log.events("nvml")] == ["absent", "ok"]
+
+
+def test_a_board_that_tells_its_facts_late_is_asked_again_without_a_new_session(
+    life: Life,
+) -> None:
+    life.board(0).faults["facts"] = "UNKNOWN"
+    life.run(A)
+    life.snapshot({A: 300})
+    assert life.gpu().state == "failed"
+    life.board(0).faults.clear()
+    life.pass_s(60)
+    assert (life.watts(), len(life.device.opens)) == (300, 1)
+
+
+def test_the_driver_is_let_go_when_nothing_needs_it(life: Life) -> None:
+    pid = life.run(A)
+    life.snapshot({A: 300})
+    life.end(pid)
+    life.snapshot({})
+    life.pass_s(10)
+    assert not life.device.is_open
+    life.pass_s(3600)
+    assert len(life.device.opens) == 1
+
+
+def test_with_the_driver_let_go_nothing_that_was_read_is_shown(life: Life) -> None:
+    life.snapshot({})
+    life.pass_s(10)
+    assert not life.device.is_open
+    report = life.deliver(life.last or m.Ping())
+    assert isinstance(report, m.Report)
+    assert [gpu.limit_mw for gpu in report.gpus] == [None, None]
+
+
+# ---- reading ----
+
+
+def test_between_two_readings_a_heartbeat_reads_nothing(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    readings = life.device.readings
+    life.pass_s(15 * 10 + 5)
+    assert life.device.readings - readings == 10 * 2
+
+
+def test_a_drift_is_mended_at_the_next_reading(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().limit_mw = 650_000
+    life.pass_s(16)
+    assert life.watts() == 300
+    assert life.status().counters.drifts == 1
+
+
+def test_whoever_asks_is_told_what_holds_now(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.pass_s(2)
+    life.board(1).limit_mw = 650_000
+    assert life.gpu(1).limit_mw == 650_000
+
+
+# ---- stops ----
+
+
+def test_a_stop_gives_back_with_the_session_that_is_open(life: Life) -> None:
+    life.run(A, 0)
+    life.run(B, 1)
+    life.snapshot({A: 300, B: 300})
+    life.device.vanish("GPU-1")
+    life.device.faults["open"] = "UNKNOWN"  # a new session would fail
+    life.stop()
+    assert life.watts(0) == 700
+    assert list(life.on_disk()) == ["GPU-1"]
+
+
+def test_a_stop_tries_again_until_its_time_is_over(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    refusals = 0
+
+    def refuse_five_times(_uuid: str, _limit_mw: int) -> None:
+        nonlocal refusals
+        refusals += 1
+        if refusals == 5:
+            life.board().faults.clear()
+
+    life.board().faults["set"] = "UNKNOWN"
+    rest = life.clock.rest
+
+    def rest_and_count(span_s: float) -> None:
+        rest(span_s)
+        refuse_five_times("", 0)
+
+    life.clock.rest = rest_and_count  # type: ignore[method-assign]
+    life.stop()
+    assert life.watts() == 700
+    assert life.on_disk() == {}
+
+
+def test_a_stop_ends_in_time_where_nothing_helps(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().faults["set"] = "UNKNOWN"
+    began_s = life.clock.time_s
+    life.stop()
+    assert 10 <= life.clock.time_s - began_s < 12
+    assert list(life.on_disk()) == ["GPU-0"]
+
+
+def test_a_stop_opens_a_session_for_a_gpu_that_was_lost(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.vanish("GPU-0")
+    life.pass_s(20)
+    life.device.reappear("GPU-0")
+    life.stop()
+    assert life.watts() == 700
+
+
+# ---- facts ----
+
+
+def test_a_share_of_an_unknown_default_is_refused_in_words(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", safe_default="70%")
+    life.board().facts = Facts("GeForce", None, 100_000, 450_000)
+    life.run(A)
+    life.snapshot({A: None})
+    gpu = life.gpu()
+    assert (gpu.state, life.device.sets) == ("failed", [])
+    assert "70% of its default, which is not known" in gpu.reason
+    life.snapshot({A: 300})
+    assert life.watts() == 300
+
+
+def test_what_a_board_told_once_holds_when_it_is_not_told_later(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().faults["facts"] = "NOT_SUPPORTED"
+    life.device.vanish("GPU-1")
+    life.device.reappear("GPU-1")
+    life.pass_s(5)
+    assert len(life.device.opens) > 1
+    life.snapshot({A: 250})
+    assert life.watts() == 250
+    assert life.gpu().max_mw == 700_000
+
+
+def test_a_stranger_beside_nobody_is_left_alone(life: Life) -> None:
+    life.run(Stranger.OTHER)
+    life.snapshot({}, others=[A])
+    life.pass_s(60)
+    assert life.device.sets == []
