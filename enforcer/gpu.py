@@ -226,14 +226,14 @@ def shut(gpu: Gpu) -> Gpu:
 
 def was_read(gpu: Gpu, reading: Reading) -> Gpu:
     """Return the GPU with a new reading."""
-    if not isinstance(gpu.where, Present):
+    if not isinstance(gpu.where, Present) or gpu.where.reading == reading:
         return gpu
     return replace(gpu, where=replace(gpu.where, reading=reading))
 
 
 def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
     """Return the GPU with a new look at who holds it."""
-    if not isinstance(gpu.where, Present):
+    if not isinstance(gpu.where, Present) or gpu.where.sighting == sighting:
         return gpu
     return replace(gpu, where=replace(gpu.where, sighting=sighting))
 
@@ -272,17 +272,16 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
 
 def decided(gpu: Gpu, decision: Decision, *, dry_run: bool) -> Gpu:
     """Return the GPU with a decision; where nothing is to be done, no trouble is left."""
-    action = decision.action
-    if gpu.trouble and action == "drift":
-        action = gpu.trouble.decision.action
-    reason = decision.reason
-    if dry_run and action:
-        action = None
-        reason = f"dry run, nothing is written; would be: {reason}"
-    trouble = gpu.trouble if action else None
     said = gpu.said if decision is UNDECIDED else decision.state
-    final = replace(decision, action=action, reason=reason)
-    return replace(gpu, decision=final, said=said, trouble=trouble)
+    if gpu.trouble and decision.action == "drift":
+        decision = replace(decision, action=gpu.trouble.decision.action)
+    if dry_run and decision.action:
+        reason = f"dry run, nothing is written; would be: {decision.reason}"
+        decision = replace(decision, action=None, reason=reason)
+    trouble = gpu.trouble if decision.action else None
+    if (decision, said, trouble) == (gpu.decision, gpu.said, gpu.trouble):
+        return gpu
+    return replace(gpu, decision=decision, said=said, trouble=trouble)
 
 
 def may_write_s(gpu: Gpu) -> float | None:

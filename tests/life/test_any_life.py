@@ -280,7 +280,8 @@ class AnyLife:
         FickleLedger.full = False
         for uuid in self.device.gpus:
             self.device.vanish(uuid)
-        for pid in [pid for pid, owner in self.pids.items() if owner is Stranger.UNKNOWN]:
+        untold = [pid for pid, owner in self.pids.items() if owner is Stranger.UNKNOWN]
+        for pid in untold:
             del self.pids[pid]
             self.life.end(pid)
         with self._survives_kills():
