@@ -429,9 +429,11 @@ def test_every_report_is_handed_on_with_what_was_asked(subject: Subject) -> None
 # ---------------------------------------------------------------------- latency
 
 
-def observed(subject: Subject) -> tuple[int, float]:
-    lines = subject.counts.latency.lines("x")
-    return int(lines[-1].split()[1]), float(lines[-2].split()[1])
+def observed(subject: Subject) -> tuple[float, float]:
+    """How many latencies were observed, and their sum in seconds."""
+    (family,) = subject.counts.latency.collect()
+    samples = {sample.name.rpartition("_")[2]: sample.value for sample in family.samples}
+    return samples["count"], samples["sum"]
 
 
 def test_latency_runs_from_the_first_event_of_a_burst_to_the_report(subject: Subject) -> None:
