@@ -515,8 +515,34 @@ def test_metrics_are_prometheus_text_with_all_names(node: SimNode) -> None:
     effective = found["power_agent_pod_effective_limit_watts"]
     assert effective.one(namespace="default", pod="trainer", **gpu) == 300
     assert found["power_agent_gpu_managed"].one(**gpu) == 1
-    latency = found["power_agent_enforcement_latency_seconds"]
-    assert latency.samples["power_agent_enforcement_latency_seconds_count", ()] >= 2
+
+
+def test_the_latency_counts_limits_that_were_written_at_once_and_nothing_else(
+    node: SimNode,
+) -> None:
+    def counted() -> float:
+        latency = metrics(node)["power_agent_enforcement_latency_seconds"]
+        return latency.samples["power_agent_enforcement_latency_seconds_count", ()]
+
+    def states() -> dict[str, str]:
+        family = metrics(node).get("power_agent_pod_state")
+        found = [dict(labels) for _, labels in family.samples] if family else []
+        return {labels["pod"]: labels["state"] for labels in found}
+
+    first, second = (node.add_pod(f"trainer-{k}", gpus=[k]) for k in (0, 1))
+    for count, pod in enumerate((first, second), 1):
+        node.annotate(pod, 350)
+        node.wait_for(lambda n=count: counted() == n, 30, "a measured limit")  # type: ignore[misc]
+    node.add_pod("without-gpu", limit=200)
+    node.wait_for(lambda: states().get("without-gpu") == "waiting", 30, "a pod without a GPU")
+    node.annotate(first, None)
+    node.wait_for(lambda: "trainer-0" not in states(), 30, "the removal")
+    node.gpus[1].fault("nvmlDeviceSetPowerManagementLimit", error=999, count=1)
+    node.annotate(second, 300)
+    failures = "power_agent_limit_write_failures_total"
+    node.wait_for(lambda: metrics(node)[failures].some() == [1], 30, "the refusal")
+    node.wait_for(lambda: states().get("trainer-1") == "enforced", 30, "the second try")
+    assert counted() == 2
 
 
 def test_ready_is_red_while_the_enforcer_is_away(node: SimNode) -> None:

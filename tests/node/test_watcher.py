@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from shared import messages as m
@@ -587,6 +588,34 @@ def _judged(pod: m.DesiredPod) -> m.Pod:
         state=state,
         reason="because",
     )
+
+
+def test_the_latency_counts_only_what_the_enforcer_says_it_enforced(node: WatcherNode) -> None:
+    """The pods of one revision each, in this order; the last is there to see the end."""
+    states: dict[str, m.PodState] = {
+        "a-waiting": "waiting",
+        "b-failed": "failed",
+        "c-conflict": "conflict",
+        "d-enforced": "enforced",
+    }
+
+    def answer(snapshot: m.Snapshot) -> m.Report:
+        found = [_judged(pod) for pod in snapshot.pods]
+        pods = [msgspec.structs.replace(pod, state=states[pod.name]) for pod in found]
+        return report(snapshot, pods=pods)
+
+    assert node.enforcer
+    node.enforcer.answer = answer
+    node.started()
+    for name in states:
+        node.pod(name, "300")
+        wait_until(lambda n=name: n in (node.wishes() or {}), name)  # type: ignore[misc]
+    node.annotate("d-enforced", None)  # a removal, which is none
+    wait_until(lambda: "d-enforced" not in (node.wishes() or {}), "the removal")
+    states |= dict.fromkeys([*states, "e-last"], "enforced")  # the first processes, after a while
+    node.pod("e-last", "300")
+    count = "power_agent_enforcement_latency_seconds_count"
+    wait_until(lambda: node.metric(count) == 2, "the two that were enforced")
 
 
 def test_events_say_what_became_of_a_wish_only_when_it_changes(make: Make) -> None:
