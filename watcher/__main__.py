@@ -86,12 +86,9 @@ class Watcher:
             signal.signal(number, lambda *_: self._stop.set())
 
     def _pages(self) -> dict[str, health.Page]:
+        registry = metrics.registry(self._counts, lambda: self._publisher.link(time.monotonic()))
         return {
-            "/metrics": lambda: (
-                200,
-                metrics.CONTENT_TYPE,
-                metrics.page(self._counts, self._publisher.link(time.monotonic())),
-            ),
+            "/metrics": lambda: (200, metrics.CONTENT_TYPE, metrics.page(registry)),
             "/healthz": lambda: health.checklist(self._stuck()),
             "/readyz": lambda: health.checklist(self._missing()),
         }

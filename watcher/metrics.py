@@ -1,42 +1,43 @@
-"""The metrics page: what the watcher counts and what the enforcer last reported, as text."""
+"""The metrics page: what the watcher counts and what the enforcer last reported, for Prometheus.
+
+It knows nothing of HTTP and asks nobody: the numbers are handed in.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    CollectorRegistry,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from shared import __version__, messages
-from shared.units import format_watts
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# The text format that every Prometheus reads; our names need nothing newer.
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _EVENTS = ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR")
 _RESTARTS = ("closed", "expired", "failed")
 _WRITES = ("acquire", "adjust", "drift", "release")
+# The names of the labels are those that dcgm-exporter uses.
+_GPU = ("gpu", "UUID")
+_POD = ("namespace", "pod")
 
-Labels = Mapping[str, str]
-Sample = tuple[Labels, str]
+# The values of the labels, and the value of the sample.
+Sample = tuple[tuple[str, ...], float]
+Family = TypeVar("Family", CounterMetricFamily, GaugeMetricFamily)
 
-
-class Histogram:
-    """Counts durations in fixed buckets."""
-
-    def __init__(self) -> None:
-        """Begin empty."""
-        self._counts = [0] * (len(_BUCKETS_S) + 1)
-        self._sum_s = 0.0
-
-    def observe(self, duration_s: float) -> None:
-        """Count one duration."""
-        self._counts[sum(duration_s > bound for bound in _BUCKETS_S)] += 1
-        self._sum_s += duration_s
-
-    def lines(self, name: str) -> list[str]:
-        """Return the samples, cumulative as the format wants them."""
-        total, lines = 0, []
-        for bound, count in zip((*map(repr, _BUCKETS_S), "+Inf"), tuple(self._counts), strict=True):
-            total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self._sum_s!r}", f"{name}_count {total}"]
+# Without this the library adds a series `..._created` to each histogram, which is not in the
+# contract (https://prometheus.github.io/client_python/instrumenting/#disabling-_created-metrics).
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def _zeros(*names: str) -> Counter[str]:
@@ -44,14 +45,26 @@ def _zeros(*names: str) -> Counter[str]:
     return Counter(dict.fromkeys(names, 0))
 
 
+def _latency() -> Histogram:
+    return Histogram(
+        "power_agent_enforcement_latency_seconds",
+        "From the watch event to the limit read back.",
+        buckets=_BUCKETS_S,
+        registry=None,
+    )
+
+
 @dataclass(slots=True)
 class Counts:
-    """What the watcher itself counts; each number has one thread that raises it."""
+    """What the watcher itself counts.
+
+    Each number that is not the library's own has one thread that raises it, the reflector's.
+    """
 
     watch_events: Counter[str] = field(default_factory=lambda: _zeros(*_EVENTS))
     watch_restarts: Counter[str] = field(default_factory=lambda: _zeros(*_RESTARTS))
     list_requests: int = 0
-    latency: Histogram = field(default_factory=Histogram)
+    latency: Histogram = field(default_factory=_latency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,58 +77,100 @@ class Link:
     current: bool
 
 
-def page(counts: Counts, link: Link) -> str:
+def registry(counts: Counts, link: Callable[[], Link]) -> CollectorRegistry:
+    """Return a registry with all our metrics, and with none of the interpreter or the process."""
+    made = CollectorRegistry()
+    made.register(counts.latency)
+    made.register(_Agent(counts, link))
+    return made
+
+
+def page(registered: CollectorRegistry) -> str:
     """Return the whole page."""
-    lines: list[str] = []
-    report = link.report
-    if report is not None and link.current:
-        lines += _gpu_gauges(report.gpus)
-        lines += _pod_gauges(report)
-    if report is not None:  # totals stay true while the enforcer is away
-        lines += _enforcer_counters(report)
-    name = "power_agent_enforcement_latency_seconds"
-    lines += _head(name, "histogram", "From the watch event to the limit read back")
-    lines += counts.latency.lines(name)
-    lines += _own(counts, link)
-    return "\n".join(lines) + "\n"
+    return generate_latest(registered).decode()
 
 
-def _gpu_gauges(gpus: list[messages.Gpu]) -> list[str]:
-    fields = {
-        "limit_watts": ("limit_mw", "Configured power limit"),
-        "enforced_limit_watts": ("enforced_mw", "Limit that holds, the lowest of all limiters"),
-        "default_limit_watts": ("default_mw", "Factory default limit"),
-        "min_limit_watts": ("min_mw", "Lowest limit the hardware takes"),
-        "max_limit_watts": ("max_mw", "Highest limit the hardware takes"),
-        "power_watts": ("power_mw", "Power drawn"),
-    }
-    lines: list[str] = []
-    for suffix, (attribute, text) in fields.items():
-        known = [gpu for gpu in gpus if getattr(gpu, attribute) is not None]
-        samples = [(_gpu(gpu), format_watts(getattr(gpu, attribute))) for gpu in known]
-        lines += _metric(f"power_agent_gpu_{suffix}", "gauge", text, samples)
-    managed = [(_gpu(gpu), str(int(gpu.managed))) for gpu in gpus]
-    text = "Whether the agent holds this GPU's limit"
-    return lines + _metric("power_agent_gpu_managed", "gauge", text, managed)
+class _Agent(Collector):
+    """Makes the metrics anew for each page, from what is known at that moment."""
+
+    def __init__(self, counts: Counts, link: Callable[[], Link]) -> None:
+        self._counts = counts
+        self._link = link
+
+    def collect(self) -> Iterator[Metric]:
+        link = self._link()
+        report = link.report
+        if report is not None and link.current:
+            yield from _gpu_gauges(report.gpus)
+            yield from _pod_gauges(report)
+        if report is not None:  # totals stay true while the enforcer is away
+            yield from _enforcer_counters(report)
+        yield from _watch_counters(self._counts)
+        yield from _link_gauges(link)
 
 
-def _pod_gauges(report: messages.Report) -> list[str]:
-    pods = [(_pod(pod), pod) for pod in report.pods]
-    requested = [
-        (labels, format_watts(pod.requested_mw))
-        for labels, pod in pods
-        if pod.requested_mw is not None
-    ]
-    states: list[Sample] = [({**labels, "state": pod.state}, "1") for labels, pod in pods]
-    return [
-        *_metric(
-            "power_agent_pod_requested_limit_watts", "gauge", "What the pod asks for", requested
+_GPU_WATTS: tuple[tuple[str, str, Callable[[messages.Gpu], int | None]], ...] = (
+    ("power_agent_gpu_limit_watts", "Configured power limit.", lambda gpu: gpu.limit_mw),
+    (
+        "power_agent_gpu_enforced_limit_watts",
+        "Limit that holds, the lowest of all limiters.",
+        lambda gpu: gpu.enforced_mw,
+    ),
+    (
+        "power_agent_gpu_default_limit_watts",
+        "Factory default limit.",
+        lambda gpu: gpu.default_mw,
+    ),
+    (
+        "power_agent_gpu_min_limit_watts",
+        "Lowest limit the hardware takes.",
+        lambda gpu: gpu.min_mw,
+    ),
+    (
+        "power_agent_gpu_max_limit_watts",
+        "Highest limit the hardware takes.",
+        lambda gpu: gpu.max_mw,
+    ),
+    ("power_agent_gpu_power_watts", "Power drawn.", lambda gpu: gpu.power_mw),
+)
+
+
+def _gpu_gauges(gpus: list[messages.Gpu]) -> Iterator[Metric]:
+    for name, text, of in _GPU_WATTS:
+        figures = [(gpu, of(gpu)) for gpu in gpus]
+        known = [(_gpu(gpu), _watts(mw)) for gpu, mw in figures if mw is not None]
+        yield _filled(GaugeMetricFamily(name, text, labels=_GPU), known)
+    yield _filled(
+        GaugeMetricFamily(
+            "power_agent_gpu_managed", "Whether the agent holds this GPU's limit.", labels=_GPU
         ),
-        *_metric(
-            "power_agent_pod_effective_limit_watts", "gauge", "What the pod has", _effective(report)
+        [(_gpu(gpu), gpu.managed) for gpu in gpus],
+    )
+
+
+def _pod_gauges(report: messages.Report) -> Iterator[Metric]:
+    yield _filled(
+        GaugeMetricFamily(
+            "power_agent_pod_requested_limit_watts", "What the pod asks for.", labels=_POD
         ),
-        *_metric("power_agent_pod_state", "gauge", "The state that each pod is in", states),
-    ]
+        [
+            (_pod(pod), _watts(pod.requested_mw))
+            for pod in report.pods
+            if pod.requested_mw is not None
+        ],
+    )
+    yield _filled(
+        GaugeMetricFamily(
+            "power_agent_pod_effective_limit_watts", "What the pod has.", labels=_POD + _GPU
+        ),
+        _effective(report),
+    )
+    yield _filled(
+        GaugeMetricFamily(
+            "power_agent_pod_state", "The state that each pod is in.", labels=(*_POD, "state")
+        ),
+        [((*_pod(pod), pod.state), 1) for pod in report.pods],
+    )
 
 
 def _effective(report: messages.Report) -> list[Sample]:
@@ -124,96 +179,100 @@ def _effective(report: messages.Report) -> list[Sample]:
     samples: list[Sample] = []
     for pod in report.pods:
         for uuid in pod.gpus:
-            labels, limit_mw = known.get(uuid, ({"gpu": "", "UUID": uuid}, pod.effective_mw))
+            labels, limit_mw = known.get(uuid, (("", uuid), pod.effective_mw))
             if limit_mw is not None:
-                samples.append(({**_pod(pod), **labels}, format_watts(limit_mw)))
+                samples.append(((*_pod(pod), *labels), _watts(limit_mw)))
     return samples
 
 
-def _enforcer_counters(report: messages.Report) -> list[str]:
-    writes = [
-        ({**_gpu(gpu), "reason": reason}, str(gpu.writes.get(reason, 0)))
-        for gpu in report.gpus
-        for reason in dict.fromkeys((*_WRITES, *gpu.writes))
-    ]
-    failures: list[Sample] = [
-        ({**_gpu(gpu), "error": error}, str(count))
-        for gpu in report.gpus
-        for error, count in gpu.write_failures.items()
-    ]
+def _enforcer_counters(report: messages.Report) -> Iterator[Metric]:
+    yield _filled(
+        CounterMetricFamily(
+            "power_agent_limit_writes_total", "Limits written.", labels=(*_GPU, "reason")
+        ),
+        [
+            ((*_gpu(gpu), reason), gpu.writes.get(reason, 0))
+            for gpu in report.gpus
+            for reason in dict.fromkeys((*_WRITES, *gpu.writes))
+        ],
+    )
+    yield _filled(
+        CounterMetricFamily(
+            "power_agent_limit_write_failures_total",
+            "Limits that could not be written.",
+            labels=(*_GPU, "error"),
+        ),
+        [
+            ((*_gpu(gpu), error), count)
+            for gpu in report.gpus
+            for error, count in gpu.write_failures.items()
+        ],
+    )
     counters = report.counters
-    denied: list[Sample] = [
-        ({"reason": reason}, str(getattr(counters, reason)))
-        for reason in ("denied", "malformed", "stale")
-    ]
-    failed = "power_agent_limit_write_failures_total"
-    return [
-        *_metric("power_agent_limit_writes_total", "counter", "Limits written", writes),
-        *_metric(failed, "counter", "Limits that could not be written", failures),
-        *_metric("power_agent_denied_messages_total", "counter", "Messages refused", denied),
-    ]
+    yield _filled(
+        CounterMetricFamily(
+            "power_agent_denied_messages_total", "Messages refused.", labels=("reason",)
+        ),
+        [
+            (("denied",), counters.denied),
+            (("malformed",), counters.malformed),
+            (("stale",), counters.stale),
+        ],
+    )
 
 
-def _own(counts: Counts, link: Link) -> list[str]:
-    events: list[Sample] = [({"type": k}, str(n)) for k, n in tuple(counts.watch_events.items())]
-    restarts: list[Sample] = [
-        ({"reason": k}, str(n)) for k, n in tuple(counts.watch_restarts.items())
-    ]
-    version = {"version": __version__}
-    return [
-        *_metric("power_agent_watch_events_total", "counter", "Events of the pod watch", events),
-        *_metric(
+def _watch_counters(counts: Counts) -> Iterator[Metric]:
+    # A tuple is made in one step, so the reflector's thread cannot change a dictionary meanwhile.
+    events = tuple(counts.watch_events.items())
+    restarts = tuple(counts.watch_restarts.items())
+    yield _filled(
+        CounterMetricFamily(
+            "power_agent_watch_events_total", "Events of the pod watch.", labels=("type",)
+        ),
+        [((kind,), count) for kind, count in events],
+    )
+    yield _filled(
+        CounterMetricFamily(
             "power_agent_watch_restarts_total",
-            "counter",
-            "Watches opened again, lists asked for again",
-            restarts,
+            "Watches opened again, lists asked for again.",
+            labels=("reason",),
         ),
-        *_metric(
-            "power_agent_list_requests_total",
-            "counter",
-            "Lists asked of the API server",
-            [({}, str(counts.list_requests))],
-        ),
-        *_metric(
-            "power_agent_enforcer_up",
-            "gauge",
-            "Whether the enforcer answers",
-            [({}, str(int(link.up)))],
-        ),
-        *_metric(
-            "power_agent_snapshot_age_seconds",
-            "gauge",
-            "Since the enforcer last took a snapshot",
-            [({}, f"{link.snapshot_age_s:.3f}")],
-        ),
-        *_metric("power_agent_build_info", "gauge", "The running version", [(version, "1")]),
-    ]
+        [((reason,), count) for reason, count in restarts],
+    )
+    yield CounterMetricFamily(
+        "power_agent_list_requests_total", "Lists asked of the API server.", counts.list_requests
+    )
 
 
-def _metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> list[str]:
+def _link_gauges(link: Link) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "power_agent_enforcer_up", "Whether the enforcer answers.", value=link.up
+    )
+    yield GaugeMetricFamily(
+        "power_agent_snapshot_age_seconds",
+        "Since the enforcer last took a snapshot.",
+        value=round(link.snapshot_age_s, 3),
+    )
+    yield _filled(
+        GaugeMetricFamily("power_agent_build_info", "The running version.", labels=("version",)),
+        [((__version__,), 1)],
+    )
+
+
+def _filled(family: Family, samples: Iterable[Sample]) -> Family:
     # By labels: two pods of one name, the old one still ending, would make the page invalid.
-    found = {_labels(labels): value for labels, value in samples}
-    lines = [f"{name}{labels} {value}" for labels, value in found.items()]
-    return [*_head(name, kind, text), *lines]
+    for labels, value in dict(samples).items():
+        family.add_metric(labels, value)
+    return family
 
 
-def _head(name: str, kind: str, text: str) -> list[str]:
-    return [f"# HELP {name} {text}.", f"# TYPE {name} {kind}"]
+def _watts(milliwatts: int) -> float:
+    return milliwatts / 1000
 
 
-def _labels(labels: Labels) -> str:
-    inside = ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items())
-    return f"{{{inside}}}" if inside else ""
+def _gpu(gpu: messages.Gpu) -> tuple[str, str]:
+    return ("" if gpu.index is None else str(gpu.index), gpu.uuid)
 
 
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _gpu(gpu: messages.Gpu) -> dict[str, str]:
-    """Return the labels as dcgm-exporter writes them."""
-    return {"gpu": "" if gpu.index is None else str(gpu.index), "UUID": gpu.uuid}
-
-
-def _pod(pod: messages.Pod) -> dict[str, str]:
-    return {"namespace": pod.namespace, "pod": pod.name}
+def _pod(pod: messages.Pod) -> tuple[str, str]:
+    return (pod.namespace, pod.name)

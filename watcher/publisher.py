@@ -11,8 +11,9 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -26,7 +27,7 @@ from watcher.metrics import Counts, Link
 HEARTBEAT_S = 2.0
 SILENT_S = 5.0  # two heartbeats and a turn without any answer
 _RETRY_S = 0.005  # first wait where a connection that is there takes nothing; doubles
-_PENDING = 256
+_HOLDS = ("enforced", "clamped")  # a pod's limit was written, and read back
 _SHOWN = 16  # pods named in one log line
 
 
@@ -79,6 +80,17 @@ class Mailbox:
         return taken
 
 
+class _Change(NamedTuple):
+    """A pod asks for a limit that it did not ask for before.
+
+    `arrived_at` is when a watch event said so, None where only a list did.
+    """
+
+    revision: int
+    arrived_at: float | None
+    uid: str
+
+
 class Publisher:
     """Owns the link to the enforcer; one thread runs it, others only look at it."""
 
@@ -103,7 +115,8 @@ class Publisher:
         self._connections = 0
         self._due_at = self._clock()
         self._retry_s = _RETRY_S
-        self._pending: list[tuple[int, float]] = []  # (revision, when its first event arrived)
+        # Oldest first. The newest count, so a full one forgets its oldest; a whole node fits in.
+        self._pending: deque[_Change] = deque(maxlen=messages.MAX_PODS)
         self._reported_at = self._clock()
         self._report: messages.Report | None = None
         self._heard = False
@@ -162,9 +175,8 @@ class Publisher:
         before, self._content, self._snapshot = self._content, content, candidate
         self._send(now)
         changed, gone = snapshot.changed(before, content), snapshot.gone(before, content)
-        asks = bool(changed or gone)  # pods without the annotation come and go all the time
-        if asks and arrived_at is not None and len(self._pending) < _PENDING:
-            self._pending.append((self._revision, arrived_at))
+        for uid in snapshot.newly_limited(before, content):
+            self._pending.append(_Change(self._revision, arrived_at, uid))
         self._tell(changed, gone, pods)
 
     def _make(self, content: snapshot.Content) -> messages.Snapshot:
@@ -218,10 +230,16 @@ class Publisher:
                 pass  # an answer to nothing that was asked here
 
     def _measure(self, report: messages.Report, now: float) -> None:
-        done = [at for revision, at in self._pending if revision <= report.revision]
-        del self._pending[: len(done)]
+        """Observe each revision of which a limit was written and read back.
+
+        Whatever else this report answers is forgotten. A pod that waits now may wait for minutes,
+        and that would be no latency of ours.
+        """
+        answered = []
+        while self._pending and self._pending[0].revision <= report.revision:
+            answered.append(self._pending.popleft())
         if report.nvml == "ok":  # else no limit was read back
-            for arrived_at in done:
+            for arrived_at in _enforced(answered, report.pods):
                 self._counts.latency.observe(now - arrived_at)
 
     def _refuse(self, code: str, problem: str) -> None:
@@ -284,6 +302,19 @@ class Publisher:
         elif self._snapshot is not None:  # else it was asked nothing yet that it could report on
             missing += _unfit(link.report)
         return missing
+
+
+def _enforced(changes: list[_Change], pods: list[messages.Pod]) -> list[float]:
+    """Return when each revision arrived of which at least one limit holds now."""
+    holding = {pod.uid for pod in pods if pod.state in _HOLDS}
+    # A pod's later change overtakes its earlier ones, if one report answers both.
+    latest = {change.uid: change for change in changes}
+    arrived_at = {
+        change.revision: change.arrived_at
+        for change in latest.values()
+        if change.uid in holding and change.arrived_at is not None
+    }
+    return list(arrived_at.values())
 
 
 def _unfit(report: messages.Report | None) -> list[str]:

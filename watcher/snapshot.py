@@ -70,3 +70,13 @@ def gone(before: Content, after: Content) -> list[DesiredPod]:
     """Return the annotated pods of `before` that ask for nothing any more."""
     left = {pod.uid for pod in after.pods}
     return [pod for pod in before.pods if pod.uid not in left]
+
+
+def newly_limited(before: Content, after: Content) -> list[str]:
+    """Return the uids of the pods that ask for a usable limit which they did not ask for before."""
+    known = {pod.uid: pod.limit_mw for pod in before.pods}
+    return [
+        pod.uid
+        for pod in after.pods
+        if pod.limit_mw is not None and pod.limit_mw != known.get(pod.uid)
+    ]

@@ -60,6 +60,42 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.socket is None:
+        try:
+            arguments.socket = _directory(str(run_dir_from_environment()))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"POWER_AGENT_RUN_DIR: {error}")
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="powerctl",
+        description="Shows what the Power Agent of this node does, and why. Changes nothing.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"powerctl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    common = _options_of_all()
+    for name, run, purpose in _COMMANDS:
+        command = commands.add_parser(name, parents=[common], help=purpose, description=purpose)
+        command.set_defaults(run=run)
+        if name == "explain":
+            command.add_argument(
+                "subject",
+                metavar="SUBJECT",
+                help="NAMESPACE/NAME or uid of a pod, index or uuid of a GPU",
+            )
+        if name != "top":
+            command.add_argument("--json", action="store_true", help="machine-readable output")
+    return parser
+
+
+def _options_of_all() -> argparse.ArgumentParser:
+    """Return the options that every command has."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--socket",
@@ -75,32 +111,7 @@ def _arguments() -> argparse.Namespace:
         default=2.0,
         help="how long to wait for an answer (default: 2)",
     )
-    parser = argparse.ArgumentParser(
-        prog="powerctl",
-        description="Shows what the Power Agent of this node does, and why. Changes nothing.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"powerctl {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, run, purpose in _COMMANDS:
-        command = commands.add_parser(name, parents=[common], help=purpose, description=purpose)
-        command.set_defaults(run=run)
-        if name == "explain":
-            command.add_argument(
-                "subject",
-                metavar="SUBJECT",
-                help="NAMESPACE/NAME or uid of a pod, index or uuid of a GPU",
-            )
-        if name != "top":
-            command.add_argument("--json", action="store_true", help="machine-readable output")
-    arguments = parser.parse_args()
-    if arguments.socket is None:
-        try:
-            arguments.socket = _directory(str(run_dir_from_environment()))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"POWER_AGENT_RUN_DIR: {error}")
-    return arguments
+    return common
 
 
 def _directory(text: str) -> Path:

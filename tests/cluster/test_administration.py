@@ -12,6 +12,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.conftest import MakeWorker
 from tests.cluster.simulator import Gpus
 from tests.cluster.waiting import wait_for
+from tests.simnode.exposition import read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -82,9 +83,9 @@ def test_the_readiness_page_says_ok_and_metrics_show_the_pod(
     assert gpus.http(f"http://{address}:9100/readyz")[0] == 200
 
     def shown() -> bool:
-        lines = gpus.http(f"http://{address}:9100/metrics")[1].splitlines()
-        wanted = 'power_agent_pod_effective_limit_watts{namespace="default",pod="measured"'
-        return [float(line.split()[-1]) for line in lines if line.startswith(wanted)] == [300.0]
+        families = read(gpus.http(f"http://{address}:9100/metrics")[1])
+        effective = families["power_agent_pod_effective_limit_watts"]
+        return effective.some(namespace="default", pod="measured") == [300.0]
 
     wait_for(shown, 10, "the metric")
 

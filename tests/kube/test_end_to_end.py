@@ -20,6 +20,7 @@ import yaml
 
 from tests.kube.agent_node import ACCOUNT, NAMESPACE, Audit, KubeNode
 from tests.kube.conftest import MakeNode
+from tests.simnode import exposition
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_rest import Object
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, MANIFEST, Pod
@@ -39,13 +40,11 @@ def stays(node: KubeNode, condition: Callable[[], object], for_s: float) -> None
         time.sleep(0.02)
 
 
-def metric(node: KubeNode, sample: str) -> float:
-    """A sample of the watcher's /metrics, 0 where there is none."""
+def metric(node: KubeNode, name: str, **labels: str) -> float | None:
+    """A sample of the watcher's /metrics, None where there is none."""
     url = f"http://127.0.0.1:{node.metrics_port}/metrics"
     with urllib.request.urlopen(url, timeout=5) as answer:
-        text = answer.read().decode()
-    found = re.search(rf"^{re.escape(sample)} (\S+)$", text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+        return exposition.value(answer.read().decode(), name, **labels)
 
 
 def logged(node: KubeNode, event: str) -> list[str]:
@@ -66,7 +65,8 @@ def pids_seen(node: KubeNode) -> set[int]:
 
 def assert_one_list_per_start_and_410(node: KubeNode, audit: Audit) -> None:
     """A server that starts anew knows no version from before, if anything was written since."""
-    expired = metric(node, 'power_agent_watch_restarts_total{reason="expired"}')
+    expired = metric(node, "power_agent_watch_restarts_total", reason="expired")
+    assert expired is not None
     lists = audit.count("list", node.name)
     assert lists == metric(node, "power_agent_list_requests_total") == 1 + expired
     assert lists <= 2

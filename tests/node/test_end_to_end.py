@@ -25,6 +25,7 @@ from shared.messages import MAX_PODS, RAW_CHARS
 from shared.powerctl.ask import UnreachableError
 from tests.node.conftest import MakeNode
 from tests.simnode.clock import WallClock
+from tests.simnode.exposition import Family, read
 from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
 from tests.simnode.programs import children_of, descriptors_of
@@ -58,6 +59,10 @@ def page(node: SimNode, path: str) -> tuple[int, str]:
         return 0, str(error)
 
 
+def metrics(node: SimNode) -> dict[str, Family]:
+    return read(page(node, "/metrics")[1])
+
+
 # ---------------------------------------------------------------------- the way of one limit
 
 
@@ -83,13 +88,16 @@ def test_the_metrics_show_on_each_gpu_of_a_pod_what_holds_there(node: SimNode) -
     node.add_pod("second", limit=300, gpus=[1])
     name = "power_agent_pod_effective_limit_watts"
     expected = {
-        f'{name}{{namespace="default",pod="{pod}",gpu="{gpu}",UUID="{node.gpus[gpu].uuid}"}}': watts
-        for pod, gpu, watts in (("first", 0, 400), ("first", 1, 300), ("second", 1, 300))
+        ("first", node.gpus[0].uuid): 400.0,
+        ("first", node.gpus[1].uuid): 300.0,
+        ("second", node.gpus[1].uuid): 300.0,
     }
 
-    def shown() -> dict[str, float]:
-        _, samples = parse_metrics(page(node, "/metrics")[1])
-        return {key: watts for key, watts in samples.items() if key.startswith(name)}
+    def shown() -> dict[tuple[str, str], float]:
+        family = metrics(node).get(name)
+        samples = family.samples if family is not None else {}
+        found = [(dict(labels), watts) for (_, labels), watts in samples.items()]
+        return {(labels["pod"], labels["UUID"]): watts for labels, watts in found}
 
     node.wait_for(lambda: shown() == expected, 5, "the limits of both GPUs")
 
@@ -465,7 +473,6 @@ def test_jumps_of_the_wall_clock_change_nothing(make_node: MakeNode, wall_clock:
     assert {str(this_year + 10), str(this_year - 60)} & years_said, "the clock was not the agent's"
 
 
-SAMPLE = re.compile(r'(\w+)(\{(?:\w+="(?:[^"\\]|\\["\\n])*",?)+\})? ([-+\w.]+)')
 NAMES = {
     "power_agent_gpu_limit_watts": "gauge",
     "power_agent_gpu_enforced_limit_watts": "gauge",
@@ -490,50 +497,52 @@ NAMES = {
 }
 
 
-def parse_metrics(text: str) -> tuple[dict[str, str], dict[str, float]]:
-    """(type of each metric, value of each sample); raises AssertionError where it is no text
-    that Prometheus takes."""
-    types: dict[str, str] = {}
-    samples: dict[str, float] = {}
-    assert text.endswith("\n")
-    for line in text.splitlines():
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split()
-            assert name not in types, f"twice: {line}"
-            types[name] = kind
-        elif not line.startswith("# HELP "):
-            match = SAMPLE.fullmatch(line)
-            assert match, f"no sample: {line!r}"
-            family = re.sub(r"_(bucket|sum|count)$", "", match[1])
-            assert match[1] in types or types.get(family) == "histogram", f"untyped: {line}"
-            key = match[1] + (match[2] or "")
-            assert key not in samples, f"twice: {line}"
-            samples[key] = float(match[3])
-    return types, samples
-
-
 def test_metrics_are_prometheus_text_with_all_names(node: SimNode) -> None:
     pod = node.add_pod("trainer", limit=350, gpus=[0])
     node.wait_for_limit(0, 350)
     node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", error=999, count=1)
     node.annotate(pod, 300)
     node.wait_for_limit(0, 300)
-    gpu = f'{{gpu="0",UUID="{node.gpus[0].uuid}"}}'
+    gpu = {"gpu": "0", "UUID": node.gpus[0].uuid}
 
     def current() -> bool:
-        _, samples = parse_metrics(page(node, "/metrics")[1])
-        return samples.get(f"power_agent_gpu_limit_watts{gpu}") == 300
+        limits = metrics(node).get("power_agent_gpu_limit_watts")
+        return limits is not None and limits.one(**gpu) == 300
 
     node.wait_for(current, 5, "the metrics of the limit")
-    types, samples = parse_metrics(page(node, "/metrics")[1])
-    assert {name: types.get(name) for name in NAMES} == NAMES
-    labels = f'{{namespace="default",pod="trainer",gpu="0",UUID="{node.gpus[0].uuid}"}}'
-    assert samples[f"power_agent_pod_effective_limit_watts{labels}"] == 300
-    assert samples[f"power_agent_gpu_managed{gpu}"] == 1
-    latency = "power_agent_enforcement_latency_seconds"
-    buckets = [value for key, value in samples.items() if key.startswith(f"{latency}_bucket")]
-    assert buckets == sorted(buckets)
-    assert buckets[-1] == samples[f"{latency}_count"] >= 2
+    found = metrics(node)
+    assert {name: found[name].kind for name in NAMES} == NAMES
+    effective = found["power_agent_pod_effective_limit_watts"]
+    assert effective.one(namespace="default", pod="trainer", **gpu) == 300
+    assert found["power_agent_gpu_managed"].one(**gpu) == 1
+
+
+def test_the_latency_counts_limits_that_were_written_at_once_and_nothing_else(
+    node: SimNode,
+) -> None:
+    def counted() -> float:
+        latency = metrics(node)["power_agent_enforcement_latency_seconds"]
+        return latency.samples["power_agent_enforcement_latency_seconds_count", ()]
+
+    def states() -> dict[str, str]:
+        family = metrics(node).get("power_agent_pod_state")
+        found = [dict(labels) for _, labels in family.samples] if family else []
+        return {labels["pod"]: labels["state"] for labels in found}
+
+    first, second = (node.add_pod(f"trainer-{k}", gpus=[k]) for k in (0, 1))
+    for count, pod in enumerate((first, second), 1):
+        node.annotate(pod, 350)
+        node.wait_for(lambda n=count: counted() == n, 30, "a measured limit")  # type: ignore[misc]
+    node.add_pod("without-gpu", limit=200)
+    node.wait_for(lambda: states().get("without-gpu") == "waiting", 30, "a pod without a GPU")
+    node.annotate(first, None)
+    node.wait_for(lambda: "trainer-0" not in states(), 30, "the removal")
+    node.gpus[1].fault("nvmlDeviceSetPowerManagementLimit", error=999, count=1)
+    node.annotate(second, 300)
+    failures = "power_agent_limit_write_failures_total"
+    node.wait_for(lambda: metrics(node)[failures].some() == [1], 30, "the refusal")
+    node.wait_for(lambda: states().get("trainer-1") == "enforced", 30, "the second try")
+    assert counted() == 2
 
 
 def test_ready_is_red_while_the_enforcer_is_away(node: SimNode) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from shared import messages as m
@@ -280,8 +281,8 @@ def test_a_watch_that_ends_goes_on_where_it_was(node: WatcherNode, mid_line: boo
         node.wait_for(a=watts * 1000)
         node.api.cut_watches(mid_line=mid_line)
     reason = "failed" if mid_line else "closed"
-    restarts = f'power_agent_watch_restarts_total{{reason="{reason}"}}'
-    wait_until(lambda: node.metric(restarts) == 4, "the last restart")
+    restarts = "power_agent_watch_restarts_total"
+    wait_until(lambda: node.metric(restarts, reason=reason) == 4, "the last restart")
     wait_until(lambda: node.api.open_watches == 1, "the watch")
     assert node.api.count("list") == 1
     assert node.metric("power_agent_list_requests_total") == 1
@@ -303,7 +304,7 @@ def test_410_lists_once_and_swaps_the_whole_in(node: WatcherNode, how: str) -> N
     assert node.api.count("list") == 2
     # Every snapshot was the node as it was at some moment: none lacks `a`.
     assert all("a" in [pod.name for pod in snapshot.pods] for snapshot in node.sent())
-    assert node.metric('power_agent_watch_restarts_total{reason="expired"}') == 1
+    assert node.metric("power_agent_watch_restarts_total", reason="expired") == 1
 
 
 def test_a_list_from_the_past_is_not_taken(node: WatcherNode) -> None:
@@ -589,6 +590,34 @@ def _judged(pod: m.DesiredPod) -> m.Pod:
     )
 
 
+def test_the_latency_counts_only_what_the_enforcer_says_it_enforced(node: WatcherNode) -> None:
+    """The pods of one revision each, in this order; the last is there to see the end."""
+    states: dict[str, m.PodState] = {
+        "a-waiting": "waiting",
+        "b-failed": "failed",
+        "c-conflict": "conflict",
+        "d-enforced": "enforced",
+    }
+
+    def answer(snapshot: m.Snapshot) -> m.Report:
+        found = [_judged(pod) for pod in snapshot.pods]
+        pods = [msgspec.structs.replace(pod, state=states[pod.name]) for pod in found]
+        return report(snapshot, pods=pods)
+
+    assert node.enforcer
+    node.enforcer.answer = answer
+    node.started()
+    for name in states:
+        node.pod(name, "300")
+        wait_until(lambda n=name: n in (node.wishes() or {}), name)  # type: ignore[misc]
+    node.annotate("d-enforced", None)  # a removal, which is none
+    wait_until(lambda: "d-enforced" not in (node.wishes() or {}), "the removal")
+    states |= dict.fromkeys([*states, "e-last"], "enforced")  # the first processes, after a while
+    node.pod("e-last", "300")
+    count = "power_agent_enforcement_latency_seconds_count"
+    wait_until(lambda: node.metric(count) == 2, "the two that were enforced")
+
+
 def test_events_say_what_became_of_a_wish_only_when_it_changes(make: Make) -> None:
     node = make(POWER_AGENT_EVENTS="true")
     assert node.enforcer
@@ -685,6 +714,8 @@ def _cpu_s(pid: int) -> float:
 
 def test_a_change_reaches_the_enforcer_in_milliseconds(node: WatcherNode) -> None:
     """The bench measures; this only notices a wait that should not be there."""
+    assert node.enforcer
+    node.enforcer.answer = judged
     node.pod("a", "300")
     node.started()
     node.wait_for(a=300_000)
@@ -693,7 +724,6 @@ def test_a_change_reaches_the_enforcer_in_milliseconds(node: WatcherNode) -> Non
         node.annotate("a", str(watts))
         answered_at = time.monotonic()
         node.wait_for(a=watts * 1000)
-        assert node.enforcer
         delays_s.append(node.enforcer.got[-1][0] - answered_at)
     assert sorted(delays_s)[15] < 0.03
     count = node.metric("power_agent_enforcement_latency_seconds_count")

@@ -16,7 +16,7 @@ import pytest
 from shared import messages as m
 from tests.node.enforcer_harness import wait_until
 from tests.node.watcher_harness import KEY, WatcherNode, report
-from tests.unit.test_metrics import parse
+from tests.simnode.exposition import read
 
 Wishes = dict[str, int | None]
 LASTING = ("lasting-0", "lasting-1", "lasting-2")
@@ -136,11 +136,11 @@ def test_a_silent_enforcer_is_told_once_and_its_gauges_end(node: WatcherNode) ->
     node.started()
     wait_until(lambda: node.page("/readyz") == (200, "ok\n"), "green")
     limits = "power_agent_gpu_limit_watts"
-    assert parse(node.page("/metrics")[1])[limits].one(gpu="0", UUID="GPU-0") == 350
+    assert read(node.page("/metrics")[1])[limits].one(gpu="0", UUID="GPU-0") == 350
     node.enforcer.answer = None
     red = (503, "enforcer: no answer\n")
     wait_until(lambda: node.page("/readyz") == red, "red", 10)
-    found = parse(node.page("/metrics")[1])
+    found = read(node.page("/metrics")[1])
     assert limits not in found
     assert found["power_agent_enforcer_up"].one() == 0
     assert found["power_agent_snapshot_age_seconds"].one() >= 5
@@ -149,17 +149,17 @@ def test_a_silent_enforcer_is_told_once_and_its_gauges_end(node: WatcherNode) ->
     wait_until(lambda: node.page("/readyz") == (200, "ok\n"), "green again")
     wait_until(lambda: node.logs("enforcer_answers"), "the end of the silence")
     assert len(node.logs("enforcer_silent")) == 1
-    assert limits in parse(node.page("/metrics")[1])
+    assert limits in read(node.page("/metrics")[1])
 
 
 def test_gauges_end_at_once_with_the_connection(node: WatcherNode) -> None:
     assert node.enforcer
     node.enforcer.answer = _with_gpu
     node.started()
-    wait_until(lambda: "power_agent_gpu_managed" in parse(node.page("/metrics")[1]), "gauges")
+    wait_until(lambda: "power_agent_gpu_managed" in read(node.page("/metrics")[1]), "gauges")
     node.enforcer.stop()
     wait_until(lambda: node.page("/readyz")[0] == 503, "red", 1.5)
-    assert "power_agent_gpu_managed" not in parse(node.page("/metrics")[1])
+    assert "power_agent_gpu_managed" not in read(node.page("/metrics")[1])
 
 
 # ---------------------------------------------------------------------- many, and any order

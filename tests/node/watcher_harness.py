@@ -21,6 +21,7 @@ from typing import Any, Self
 from enforcer.server import Server
 from shared import messages as m
 from tests.node.enforcer_harness import REPOSITORY, wait_until
+from tests.simnode import exposition
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.kubeapi import KubeApi
 
@@ -205,13 +206,10 @@ class WatcherNode:
         except OSError as error:
             return 0, str(error)
 
-    def metric(self, sample: str) -> float | None:
-        """The value of one sample, labels and all, None where it is not there."""
-        for line in self.page("/metrics")[1].splitlines():
-            name, _, value = line.rpartition(" ")
-            if name == sample:
-                return float(value)
-        return None
+    def metric(self, name: str, **labels: str) -> float | None:
+        """The value of one sample, None where it, or the whole page, is not there."""
+        status, text = self.page("/metrics")
+        return exposition.value(text, name, **labels) if status == 200 else None
 
     def stays(self, condition: Callable[[], object], for_s: float) -> None:
         """Fail as soon as the condition does not hold, up to `for_s` from now."""

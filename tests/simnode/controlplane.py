@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import ssl
@@ -23,6 +22,7 @@ from tests.simnode.controlplane_certs import Certificates, make_certificates
 from tests.simnode.controlplane_objects import Objects
 from tests.simnode.controlplane_process import Spawner, folder_that_vanishes, free_ports
 from tests.simnode.controlplane_rest import ApiError, Object, RestClient
+from tests.simnode.exposition import samples_of
 
 READY_TIMEOUT_S = 60.0
 _POLL_S = 0.05
@@ -325,9 +325,8 @@ def apiserver_command(
 def parse_request_counts(metrics: str) -> Counter[tuple[str, str]]:
     """Sums `apiserver_request_total` over everything but verb and resource."""
     counts: Counter[tuple[str, str]] = Counter()
-    for line in re.finditer(r"^apiserver_request_total\{(.*)\} (\S+)$", metrics, re.MULTILINE):
-        labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line[1]))
-        counts[labels["verb"], labels["resource"]] += int(float(line[2]))
+    for labels, count in samples_of(metrics, "apiserver_request_total"):
+        counts[labels["verb"], labels["resource"]] += int(count)
     return counts
 
 

@@ -15,13 +15,22 @@ FUNCTION_MAX_LINES = 35
 # Third-party packages that each side may import at all, its own side excepted.
 ALLOWED = {
     "enforcer": {"enforcer", "shared", "msgspec", "pynvml", "zmq"},
-    "watcher": {"watcher", "shared", "msgspec", "zmq", "kubernetes", "urllib3"},
+    "watcher": {
+        "watcher",
+        "shared",
+        "msgspec",
+        "zmq",
+        "kubernetes",
+        "urllib3",
+        "prometheus_client",
+    },
     "shared": {"shared", "msgspec", "zmq"},
 }
 # Imports that exactly one file of a side may have.
 ONE_FILE = {
     ("enforcer", "pynvml"): "enforcer/nvml.py",
     ("watcher", "kubernetes"): "watcher/kube.py",
+    ("watcher", "prometheus_client"): "watcher/metrics.py",
 }
 # What the root side has no use for, even in the standard library.
 NOT_AS_ROOT = {

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
-import math
-import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
@@ -20,93 +16,10 @@ from hypothesis import strategies as st
 from shared import __version__
 from shared import messages as m
 from shared.settings import SettingsError
+from tests.simnode.exposition import Family, read
 from watcher import health, metrics
 from watcher.metrics import Counts, Link
 from watcher.settings import Address
-
-# ---------------------------------------------------------------------- a strict reader
-
-NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
-LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"(,|$)')
-VALUE = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|Inf)|NaN")
-ESCAPES = {r"\\": "\\", r"\"": '"', r"\n": "\n"}
-Labels = tuple[tuple[str, str], ...]
-
-
-@dataclass
-class Family:
-    """Everything that the page says under one name."""
-
-    help: str
-    kind: str = ""
-    samples: dict[tuple[str, Labels], float] = field(default_factory=dict)
-
-    def one(self, **labels: str) -> float:
-        (found,) = [v for (_, have), v in self.samples.items() if dict(have) == labels]
-        return found
-
-    @property
-    def label_names(self) -> set[str]:
-        return {name for _, labels in self.samples for name, _ in labels}
-
-
-def parse(text: str) -> dict[str, Family]:
-    """Read the text format 0.0.4; AssertionError where Prometheus or a strict tool objects."""
-    assert text.endswith("\n")
-    families: dict[str, Family] = {}
-    family, name = Family(""), ""
-    for line in text.split("\n")[:-1]:
-        assert line, "an empty line"
-        if line.startswith("# HELP "):
-            name, _, what = line.removeprefix("# HELP ").partition(" ")
-            assert NAME.fullmatch(name), line
-            assert name not in families, f"in two places: {line}"
-            families[name] = family = Family(what)
-        elif line.startswith("# TYPE "):
-            assert line.split(" ")[2] == name, f"not after its HELP: {line}"
-            assert not family.kind, f"twice: {line}"
-            family.kind = line.split(" ")[3]
-            assert family.kind in ("counter", "gauge", "histogram"), line
-        else:
-            _sample(line, name, family)
-    for name, family in families.items():
-        if family.kind == "histogram":
-            _check_histogram(name, family)
-        assert (family.kind == "counter") == name.endswith("_total"), name
-    return families
-
-
-def _sample(line: str, name: str, family: Family) -> None:
-    match = re.fullmatch(r"([a-zA-Z0-9_:]+)(?:\{(.*)\})? ([^ ]+)", line)
-    assert match, f"no sample: {line!r}"
-    suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
-    assert match[1] in [name + suffix for suffix in suffixes], f"below another's head: {line}"
-    labels, rest = [], match[2] or ""
-    while rest:
-        label = LABEL.match(rest)
-        assert label, f"broken labels: {line!r}"
-        value = re.sub(r"\\.", lambda found: ESCAPES[found[0]], label[2])
-        labels.append((label[1], value))
-        rest = rest[label.end() :]
-    assert len({key for key, _ in labels}) == len(labels), f"a label twice: {line}"
-    assert VALUE.fullmatch(match[3]), f"no value: {line}"
-    key = (match[1], tuple(labels))
-    assert key not in family.samples, f"twice: {line}"
-    family.samples[key] = float(match[3])
-
-
-def _check_histogram(name: str, family: Family) -> None:
-    buckets = [
-        (float(dict(labels)["le"]), value)
-        for (sample, labels), value in family.samples.items()
-        if sample == f"{name}_bucket"
-    ]
-    assert buckets == sorted(buckets)
-    assert all(a[1] <= b[1] for a, b in itertools.pairwise(buckets)), "not cumulative"
-    assert math.isinf(buckets[-1][0])
-    assert family.samples[f"{name}_count", ()] == buckets[-1][1]
-    assert (f"{name}_sum", ()) in family.samples
-
 
 # ---------------------------------------------------------------------- names and labels
 
@@ -192,9 +105,13 @@ def report(gpus: list[m.Gpu], pods: list[m.Pod]) -> m.Report:
     )
 
 
+def shown(counts: Counts, link: Link) -> str:
+    return metrics.page(metrics.registry(counts, lambda: link))
+
+
 def page(gpus: list[m.Gpu], pods: list[m.Pod], *, current: bool = True) -> dict[str, Family]:
     link = Link(current, 0.25, report(gpus, pods), current)
-    return parse(metrics.page(Counts(), link))
+    return read(shown(Counts(), link))
 
 
 def test_every_name_and_label_of_the_contract_is_there() -> None:
@@ -255,9 +172,8 @@ def test_while_the_enforcer_is_away_only_totals_and_the_watchers_own_are_shown()
 
 
 def test_before_the_first_report_there_are_only_the_watchers_own() -> None:
-    found = parse(
-        metrics.page(Counts(), Link(up=False, snapshot_age_s=3, report=None, current=False))
-    )
+    away = Link(up=False, snapshot_age_s=3, report=None, current=False)
+    found = read(shown(Counts(), away))
     assert set(found) == OF_THE_WATCHER
     assert found["power_agent_snapshot_age_seconds"].one() == 3
     assert found["power_agent_build_info"].one(version=__version__) == 1
@@ -309,7 +225,7 @@ def test_what_the_watcher_counts_is_shown() -> None:
     counts.watch_events["MODIFIED"] += 3
     counts.watch_restarts["expired"] += 1
     counts.list_requests += 2
-    found = parse(metrics.page(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
     assert found["power_agent_watch_events_total"].one(type="MODIFIED") == 3
     assert found["power_agent_watch_restarts_total"].one(reason="expired") == 1
     assert found["power_agent_list_requests_total"].one() == 2
@@ -329,7 +245,7 @@ def test_latency_is_a_histogram(durations_s: list[float]) -> None:
     for duration_s in durations_s:
         counts.latency.observe(duration_s)
     name = "power_agent_enforcement_latency_seconds"
-    found = parse(metrics.page(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
     samples = found[name].samples
     assert samples[f"{name}_count", ()] == len(durations_s)
     assert samples[f"{name}_sum", ()] == pytest.approx(sum(durations_s))

@@ -10,7 +10,7 @@ import yaml
 
 from shared import messages as m
 from tests.kube.chart import DEPLOY, strings
-from tests.unit.test_metrics import parse
+from tests.simnode.exposition import read
 from watcher import metrics
 
 MONITORING = DEPLOY / "monitoring"
@@ -34,9 +34,10 @@ def everything_served() -> dict[str, set[str]]:
         session="s", revision=1, nvml="ok", nvml_message="", gpus=[gpu], pods=[pod],
         counters=m.Counters(),
     )  # fmt: skip
-    page = metrics.page(metrics.Counts(), metrics.Link(True, 0.0, report, True))
+    link = metrics.Link(True, 0.0, report, True)
+    page = metrics.page(metrics.registry(metrics.Counts(), lambda: link))
     served: dict[str, set[str]] = {}
-    for name, family in parse(page).items():
+    for name, family in read(page).items():
         suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
         for suffix in suffixes:
             served[name + suffix] = family.label_names

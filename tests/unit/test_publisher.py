@@ -429,9 +429,30 @@ def test_every_report_is_handed_on_with_what_was_asked(subject: Subject) -> None
 # ---------------------------------------------------------------------- latency
 
 
-def observed(subject: Subject) -> tuple[int, float]:
-    lines = subject.counts.latency.lines("x")
-    return int(lines[-1].split()[1]), float(lines[-2].split()[1])
+def judged(subject: Subject, snapshot: m.Snapshot, **states: m.PodState) -> m.Report:
+    """A report in which each pod stands as told, by its uid; the others are enforced."""
+    pods = [
+        m.Pod(
+            uid=wanted.uid,
+            namespace=wanted.namespace,
+            name=wanted.name,
+            raw=wanted.raw,
+            requested_mw=wanted.limit_mw,
+            effective_mw=wanted.limit_mw,
+            gpus=["GPU-0"],
+            state=states.get(wanted.uid, "enforced"),
+            reason="",
+        )
+        for wanted in snapshot.pods
+    ]
+    return msgspec.structs.replace(subject.report(snapshot), pods=pods)
+
+
+def observed(subject: Subject) -> tuple[float, float]:
+    """How many latencies were observed, and their sum in seconds."""
+    (family,) = subject.counts.latency.collect()
+    samples = {sample.name.rpartition("_")[2]: sample.value for sample in family.samples}
+    return samples["count"], samples["sum"]
 
 
 def test_latency_runs_from_the_first_event_of_a_burst_to_the_report(subject: Subject) -> None:
@@ -439,17 +460,24 @@ def test_latency_runs_from_the_first_event_of_a_burst_to_the_report(subject: Sub
     subject.offer(pod("a", "2"), arrived_at=subject.now)
     subject.offer(pod("a", "3"), arrived_at=subject.now + 0.5)
     (sent,) = subject.step(after_s=0.5)
-    subject.step(subject.report(sent), after_s=0.5)
+    subject.step(judged(subject, sent), after_s=0.5)
     count, sum_s = observed(subject)
     assert (count, sum_s) == pytest.approx((1, 1.0))
-    subject.step(subject.report(sent), after_s=2.0)  # a heartbeat's report is no measurement
+    subject.step(judged(subject, sent), after_s=2.0)  # a heartbeat's report is no measurement
     assert observed(subject) == (count, sum_s)
 
 
 def test_lists_and_changes_that_ask_nothing_new_are_not_measured(subject: Subject) -> None:
     first = subject.settle(pod("a", "1"))
     subject.offer(pod("a", "1"), arrived_at=subject.now)
-    subject.step(subject.report(first), after_s=1.0)
+    subject.step(judged(subject, first), after_s=1.0)
+    assert observed(subject)[0] == 0
+
+
+def test_the_first_list_is_not_measured(subject: Subject) -> None:
+    """Nobody knows since when its pods had been asking."""
+    first = subject.settle(pod("a", "1"))
+    subject.step(judged(subject, first), after_s=1.0)
     assert observed(subject)[0] == 0
 
 
@@ -457,9 +485,9 @@ def test_a_report_to_an_older_revision_measures_nothing_newer(subject: Subject) 
     first = subject.settle(pod("a", "1"))
     subject.offer(pod("a", "2"), arrived_at=subject.now)
     (sent,) = subject.step()
-    subject.step(subject.report(first), after_s=1.0)
+    subject.step(judged(subject, first), after_s=1.0)
     assert observed(subject)[0] == 0
-    subject.step(subject.report(sent), after_s=1.0)
+    subject.step(judged(subject, sent), after_s=1.0)
     assert observed(subject) == pytest.approx((1, 2.0))
 
 
@@ -468,16 +496,146 @@ def test_pods_that_ask_nothing_are_not_measured(subject: Subject) -> None:
     subject.settle(pod("a", "1"))
     subject.offer(pod("a", "1"), pod("job"), arrived_at=subject.now)
     (sent,) = subject.step()
-    subject.step(subject.report(sent), after_s=0.001)
+    subject.step(judged(subject, sent), after_s=0.001)
     assert observed(subject)[0] == 0
 
 
-def test_an_annotation_that_goes_is_measured(subject: Subject) -> None:
+@pytest.mark.parametrize("watts", [None, "350W"], ids=["goes", "becomes unusable"])
+def test_an_annotation_that_asks_for_no_limit_any_more_is_not_measured(
+    subject: Subject, watts: str | None
+) -> None:
+    """A limit is given back then, or held: none was enforced."""
+    subject.settle(pod("a", "1"), pod("b", "1"))
+    subject.offer(pod("a", watts), pod("b", "1"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(judged(subject, sent), after_s=0.5)
+    assert observed(subject)[0] == 0
+
+
+def test_the_same_limit_in_other_words_is_not_measured(subject: Subject) -> None:
+    subject.settle(pod("a", "350"))
+    subject.offer(pod("a", "350.0"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    assert sent.pods[0].raw == "350.0"
+    subject.step(judged(subject, sent), after_s=0.5)
+    assert observed(subject)[0] == 0
+
+
+@pytest.mark.parametrize("state", ["enforced", "clamped"])
+def test_a_limit_that_was_read_back_is_measured(subject: Subject, state: m.PodState) -> None:
+    subject.settle()
+    subject.offer(pod("a", "1"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(judged(subject, sent, a=state), after_s=0.5)
+    assert observed(subject) == pytest.approx((1, 0.5))
+
+
+@pytest.mark.parametrize("state", ["waiting", "failed", "invalid", "conflict", None])
+def test_what_is_not_enforced_at_once_is_never_measured(
+    subject: Subject, state: m.PodState | None
+) -> None:
+    """Its first process may come ten minutes later, and that would be no latency of ours."""
     subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    (sent,) = subject.step()
+    now = subject.report(sent) if state is None else judged(subject, sent, a=state)
+    subject.step(now, after_s=0.5)
+    subject.step(judged(subject, sent), after_s=600)
+    assert observed(subject)[0] == 0
+
+
+def test_a_revision_counts_once_however_many_of_its_pods_are_enforced(subject: Subject) -> None:
+    subject.settle()
+    some = [pod(uid, "1") for uid in ("a", "b", "c")]
+    subject.offer(*some, arrived_at=subject.now)
+    (sent,) = subject.step()
+    subject.step(judged(subject, sent, b="waiting"), after_s=0.5)
+    assert observed(subject) == pytest.approx((1, 0.5))
+
+
+def test_revisions_that_one_report_answers_count_by_the_pods_that_they_settled(
+    subject: Subject,
+) -> None:
+    subject.settle()
+    subject.offer(pod("a", "1"), arrived_at=subject.now)
+    subject.step()
+    subject.offer(pod("a", "1"), pod("b", "1"), arrived_at=subject.now + 1)
+    subject.step(after_s=1)
+    subject.offer(pod("a", "1"), pod("b", "1"), pod("c", "1"), arrived_at=subject.now + 1)
+    (sent,) = subject.step(after_s=1)
+    subject.step(judged(subject, sent, b="waiting"), after_s=1)
+    assert observed(subject) == pytest.approx((2, 3.0 + 1.0))
+
+
+@pytest.mark.parametrize("last", ["2", "3"])
+def test_a_pods_newer_wish_overtakes_its_older_ones(subject: Subject, last: str) -> None:
+    """Decided on together, only the newest was enforced, though it ask for the same as before."""
+    subject.settle(pod("a", "1"))
+    for watts in ("2", "9", last):
+        subject.offer(pod("a", watts), arrived_at=subject.now)
+        (sent,) = subject.step(after_s=1)
+    subject.step(judged(subject, sent), after_s=0)
+    assert observed(subject) == pytest.approx((1, 1.0))
+
+
+def test_a_wish_that_was_taken_back_before_the_report_is_not_measured(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    subject.step()
     subject.offer(pod("a"), arrived_at=subject.now)
     (sent,) = subject.step()
-    subject.step(subject.report(sent), after_s=0.5)
-    assert observed(subject) == pytest.approx((1, 0.5))
+    subject.step(judged(subject, sent))
+    assert observed(subject)[0] == 0
+
+
+def test_the_same_limit_in_other_words_overtakes_nothing(subject: Subject) -> None:
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    subject.step()
+    subject.offer(pod("a", "2.0"), arrived_at=subject.now + 1)
+    (sent,) = subject.step(after_s=1)
+    subject.step(judged(subject, sent), after_s=1)
+    assert observed(subject) == pytest.approx((1, 2.0))
+
+
+@pytest.mark.parametrize("listed", ["2", "3"])
+def test_a_wish_that_a_list_overtakes_is_not_measured(subject: Subject, listed: str) -> None:
+    """Nobody knows since when the pod had been asking for what the list says."""
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    subject.step()
+    subject.offer(pod("a"))
+    subject.step()
+    subject.offer(pod("a", listed))
+    (sent,) = subject.step(after_s=1)
+    subject.step(judged(subject, sent))
+    assert observed(subject)[0] == 0
+
+
+def test_each_revision_with_a_report_of_its_own_is_measured(subject: Subject) -> None:
+    """The next may be on its way already: the limit of this one was written all the same."""
+    subject.settle(pod("a", "1"))
+    subject.offer(pod("a", "2"), arrived_at=subject.now)
+    (second,) = subject.step()
+    subject.offer(pod("a", "3"), arrived_at=subject.now)
+    (third,) = subject.step()
+    subject.step(judged(subject, second), after_s=1)
+    assert observed(subject) == pytest.approx((1, 1.0))
+    subject.step(judged(subject, third), after_s=1)
+    assert observed(subject) == pytest.approx((2, 3.0))
+
+
+def test_an_enforcer_that_hangs_in_a_storm_costs_bounded_memory(subject: Subject) -> None:
+    subject.settle()
+    begun = subject.now
+    for number in range(1, 11):
+        many = [pod(f"p{k}", str(number)) for k in range(m.MAX_PODS)]
+        subject.offer(*many, arrived_at=subject.now)
+        (sent,) = subject.step(after_s=1)
+    assert len(subject.publisher._pending) == m.MAX_PODS
+    subject.step(judged(subject, sent))
+    assert subject.now - begun == 10
+    assert observed(subject) == pytest.approx((1, 1.0))  # the newest, not the first
 
 
 @pytest.mark.parametrize("nvml", ["absent", "failing"])
@@ -487,8 +645,8 @@ def test_without_nvml_nothing_was_read_back_and_nothing_is_measured(
     subject.settle(pod("a", "1"))
     subject.offer(pod("a", "2"), arrived_at=subject.now)
     (sent,) = subject.step()
-    subject.step(subject.report(sent, nvml))
-    subject.step(subject.report(sent), after_s=60)
+    subject.step(msgspec.structs.replace(judged(subject, sent), nvml=nvml))
+    subject.step(judged(subject, sent), after_s=60)
     assert observed(subject)[0] == 0
 
 
@@ -497,7 +655,7 @@ def test_what_another_watcher_was_there_for_is_not_measured_later(subject: Subje
     subject.offer(pod("a", "2"), arrived_at=subject.now)
     (sent,) = subject.step()
     subject.step(m.Error(code="stale", message="x"))
-    subject.step(subject.report(sent), after_s=600)
+    subject.step(judged(subject, sent), after_s=600)
     assert observed(subject)[0] == 0
 
 

@@ -232,3 +232,13 @@ def test_what_changed_is_what_is_new_or_asks_for_something_else() -> None:
     after = snapshot.content([pod("a", "1"), pod("b", "9"), pod("c"), pod("d", "4")])
     assert [p.uid for p in snapshot.changed(before, after)] == ["b", "d"]
     assert [p.uid for p in snapshot.gone(before, after)] == ["c"]
+
+
+def test_newly_limited_is_who_asks_for_another_limit_and_not_for_the_same_in_other_words() -> None:
+    before = snapshot.content(
+        [pod("a", "1"), pod("b", "2"), pod("c", "x"), pod("d"), pod("e", "5")]
+    )
+    after = snapshot.content(
+        [pod("a", "1.0"), pod("b", "9"), pod("c", "3"), pod("d", "4"), pod("e", "x"), pod("f", "6")]
+    )
+    assert snapshot.newly_limited(before, after) == ["b", "c", "d", "f"]
