@@ -44,10 +44,13 @@ class FickleLedger(Ledger):
     full = False
     kill_before = False
     kill_after = False
+    takes: Callable[[str], None] = staticmethod(lambda _uuid: None)
 
     def store(self, entries: dict[str, Owned]) -> None:  # type: ignore[override]
         if type(self).full:
             raise LedgerError("ledger.json cannot be written: No space left on device")
+        for uuid in entries.keys() - self.entries.keys():
+            type(self).takes(uuid)
         if type(self).kill_before:
             raise Killed
         super().store(entries)
@@ -82,10 +85,16 @@ class AnyLife:
         self.kill_at_set: str | None = None
         # What each GPU that was written had before: the truth that no crash may lose.
         self.originals: dict[str, int] = {}
+        self.last_set: dict[str, int] = {}
+        FickleLedger.takes = self._takes
         self.device.before_set = self._before_set
         self.device.after_set = self._after_set
 
     # ---- what must hold at each set ----
+
+    def _takes(self, uuid: str) -> None:
+        """A GPU is entered in the ledger: what it has now is what it had before."""
+        self.originals[uuid] = self.device.gpus[uuid].limit_mw
 
     def _before_set(self, uuid: str, limit_mw: int) -> None:
         if self.kill_at_set == "before":
@@ -95,11 +104,10 @@ class AnyLife:
         entry = self.life.on_disk().get(uuid)
         if not FickleLedger.full:
             assert entry is not None, f"I2: {uuid} is written and is not on disk"
-            original_mw = self.originals.setdefault(uuid, gpu.limit_mw)
-            assert entry.original_mw == original_mw, "I2: its original was lost"
+            assert entry.original_mw == self.originals[uuid], "I2: its original was lost"
         self._i3_bounds(uuid, limit_mw)
         if limit_mw > gpu.limit_mw:
-            self._i4_up_only_on_evidence(uuid)
+            self._i4_up_only_on_evidence(uuid, limit_mw)
 
     def _i3_bounds(self, uuid: str, limit_mw: int) -> None:
         gpu = self.device.gpus[uuid]
@@ -109,26 +117,18 @@ class AnyLife:
         given_back = limit_mw in (self.originals.get(uuid), gpu.facts.default_mw)
         assert most_mw is None or limit_mw <= most_mw or given_back, "I3: above the bound"
 
-    def _i4_up_only_on_evidence(self, uuid: str) -> None:
-        if self.stopping:
-            return
+    def _i4_up_only_on_evidence(self, uuid: str, limit_mw: int) -> None:
+        if self.stopping or limit_mw == self.last_set.get(uuid):
+            return  # somebody else had lowered it: a drift, or a kill came in between
         assert self.heard_s is not None, "I4: raised before any snapshot"
         silent_s = self.life.clock.time_s - self.heard_s
-        expired = self.lease_s is not None and silent_s > self.lease_s
-        drift = self.device.gpus[uuid].limit_mw < self._set_mw(uuid)
-        assert silent_s <= SILENT_S + 5 or expired or drift, (
-            "I4: raised while the watcher is silent"
-        )
-        if not drift:
-            assert "pids" not in self.device.gpus[uuid].faults or expired, (
-                "I5: unknown is not absent"
-            )
+        if self.lease_s is not None and silent_s > self.lease_s:
+            return
+        assert silent_s <= SILENT_S + 5, "I4: raised while the watcher is silent"
+        assert "pids" not in self.device.gpus[uuid].faults, "I5: unknown is not absent"
 
-    def _set_mw(self, uuid: str) -> int:
-        entry = self.life.ledger.entries.get(uuid)
-        return 0 if entry is None else entry.set_mw
-
-    def _after_set(self, _uuid: str, _limit_mw: int) -> None:
+    def _after_set(self, uuid: str, limit_mw: int) -> None:
+        self.last_set[uuid] = limit_mw
         if self.kill_at_set == "after":
             self.kill_at_set = None
             raise Killed
