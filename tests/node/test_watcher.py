@@ -700,7 +700,7 @@ def test_idle_it_asks_logs_and_takes_next_to_nothing(node: WatcherNode) -> None:
     status = Path(f"/proc/{node.process.pid}/status").read_text()
     resident = re.search(r"VmRSS:\s+(\d+) kB", status)
     assert resident
-    assert int(resident[1]) < 52 * 1024
+    assert int(resident[1]) < 56 * 1024
     before = node.api.count(), len(node.logs()), _cpu_s(node.process.pid)
     time.sleep(4)
     assert (node.api.count(), len(node.logs())) == before[:2]
