@@ -55,9 +55,14 @@ class Backoff:
         doublings = min(self.failures, 64)  # 2.0 ** 1024 is no float
         return float(min(self.most_s, self.first_s * 2.0**doublings))
 
-    def failed(self, now_s: float) -> "Backoff":
-        """Return it after one more failure."""
-        return replace(self, failures=self.failures + 1, due_s=now_s + self.next_wait_s)
+    def failed(self, now_s: float, *, share: float = 1.0, least_s: float = 0.0) -> "Backoff":
+        """Return it after one more failure.
+
+        `share` is how much of the wait chance leaves (jitter, drawn by the caller). `least_s` is
+        what the other side asked for (Retry-After); it does not lengthen a wait beyond `most_s`.
+        """
+        wait_s = min(self.most_s, max(self.next_wait_s * share, least_s))
+        return replace(self, failures=self.failures + 1, due_s=now_s + wait_s)
 
     def capped(self, failures: int) -> "Backoff":
         """Return it with at most so many failures counted: the next wait is no longer than that."""
@@ -66,6 +71,10 @@ class Backoff:
     def cleared(self) -> "Backoff":
         """Return it after a success."""
         return Backoff(self.first_s, self.most_s)
+
+    def left_s(self, now_s: float) -> float:
+        """Return how long it takes until the next try may begin; 0 where it may now."""
+        return 0.0 if self.due_s is None else max(0.0, self.due_s - now_s)
 
     def may(self, now_s: float) -> bool:
         """Tell whether the next try may begin."""

@@ -10,7 +10,7 @@ from shared import __version__
 from shared.client import Client
 from shared.logs import Log
 from shared.settings import SettingsError, exit_usage, from_command_line
-from watcher import health, metrics
+from watcher import events, health, metrics
 from watcher.events import Recorder
 from watcher.kube import Api
 from watcher.metadata import PodReader
@@ -54,14 +54,19 @@ class Watcher:
         self._reflecting = threading.Thread(
             target=self._reflector.run, name="reflector", daemon=True
         )
+        self._recording: threading.Thread | None = None
+        if self._recorder is not None:
+            self._recording = threading.Thread(
+                target=self._recorder.run, args=(self._stop,), name="events", daemon=True
+            )
 
     def run(self) -> int:
         """Serve, reflect and publish until a signal; returns the exit status."""
         self._catch_signals()
         address = self._settings.metrics
         server = None if address is None else health.Server(address, self._pages())
-        if self._recorder is not None:
-            threading.Thread(target=self._recorder.run, args=(self._stop,), daemon=True).start()
+        if self._recording is not None:
+            self._recording.start()
         self._log.info("started", version=__version__, api=self._api.host, **self._scope())
         if not self._api.verifies:
             self._log.warning("api_unverified", why="the API server does not prove who it is")
@@ -100,6 +105,10 @@ class Watcher:
             stuck.append("reflector: stuck")
         if now - self._publisher.turned_at > _PUBLISHER_TURN_S:
             stuck.append("publisher: stuck")
+        if self._recorder is not None and self._recording is not None:
+            turned_s = now - self._recorder.turned_at
+            if not self._recording.is_alive() or turned_s > events.TURN_S:
+                stuck.append("events: stuck")
         return stuck
 
     def _missing(self) -> list[str]:

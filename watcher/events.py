@@ -6,6 +6,7 @@ bounded rate, and nothing waits for it.
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, Protocol
@@ -15,6 +16,7 @@ import msgspec
 
 from shared import messages
 from shared.logs import Log
+from shared.pace import Bucket
 from shared.units import format_watts
 from watcher.kube import ApiError
 
@@ -22,6 +24,10 @@ RULE = '- {apiGroups: [""], resources: ["events"], verbs: ["create"]}'
 _BURST = 25
 _PER_S = 1.0
 _TIMEOUT_S = 10.0
+_IDLE_S = 60.0
+# Far longer than a turn takes: it waits for a note, for its place in the rate, and for two answers
+# (a token that was rotated is tried again), each with its connection.
+TURN_S = 180.0
 _REASONS: dict[str, tuple[Literal["Normal", "Warning"], str]] = {
     "enforced": ("Normal", "PowerLimitApplied"),
     "clamped": ("Warning", "PowerLimitClamped"),
@@ -80,13 +86,20 @@ def _text(pod: messages.Pod) -> str:
 class Recorder:
     """Writes Events from a thread of its own."""
 
-    def __init__(self, api: Api, node: str, log: Log) -> None:
+    def __init__(
+        self, api: Api, node: str, log: Log, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Prepare; nothing is written before `run`."""
-        self._api, self._node, self._log = api, node, log
+        self._api = api
+        self._node = node
+        self._log = log
+        self._clock = clock
         self._waiting: dict[str, Note] = {}  # by pod, which keeps its place in the line
         self._changed = threading.Condition()
         self._known: dict[str, messages.Pod] | None = None
+        self._bucket = Bucket.full(_PER_S, _BURST, clock())
         self._problem: str | None = None
+        self.turned_at = clock()
 
     def take(self, report: messages.Report, asked: list[messages.DesiredPod]) -> None:
         """Note what `report` brings of the pods that `asked`.
@@ -106,20 +119,29 @@ class Recorder:
             self._changed.notify()
 
     def run(self, stop: threading.Event) -> None:
-        """Write until stopped."""
-        tokens, filled_at = float(_BURST), time.monotonic()
+        """Write until stopped; `turned_at` shows that it goes on."""
         while not stop.is_set():
-            note = self._next()
-            now = time.monotonic()
-            tokens, filled_at = min(_BURST, tokens + (now - filled_at) * _PER_S), now
-            if tokens < 1:
-                stop.wait((1 - tokens) / _PER_S)
-            tokens -= 1
-            self._write(note)
+            self.turned_at = self._clock()
+            try:
+                self._turn(stop)
+            # The top of this thread. Ending it would end all Events, for what one may have caused.
+            except Exception as error:  # noqa: BLE001
+                self._log.error("events_failed", message=repr(error)[:500])
+                stop.wait(1.0)  # no storm of lines where it fails at once
 
-    def _next(self) -> Note:
+    def _turn(self, stop: threading.Event) -> None:
+        note = self._next()
+        if note is None:
+            return
+        self._bucket = self._bucket.filled(self._clock()).spent(1)
+        stop.wait(self._bucket.short_s(0))
+        self._write(note)
+
+    def _next(self) -> Note | None:
+        """Return the note that has waited longest, None where none comes for a while."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
+            if not self._changed.wait_for(lambda: self._waiting, _IDLE_S):
+                return None
             return self._waiting.pop(next(iter(self._waiting)))
 
     def _write(self, note: Note) -> None:

@@ -1,29 +1,30 @@
 """The Kubernetes API as the watcher needs it: credentials and raw answers, nothing about pods.
 
 The only file that imports the client library: it brings configuration, TLS, tokens, exec plugins,
-proxies and the connection pool. Its API classes, models and watch helpers are left out.
+proxies and the connection pool. Its API classes, models and watch helpers are not used. The library
+loads those when they are first asked for, which would cost 22 MiB more (kubernetes 37.0.2).
 """
 
 import contextlib
-import functools
 import http.client
-import importlib
-import importlib.util
 import logging
 import os
 import socket
 import ssl
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
 import urllib3
-from urllib3.connection import HTTPConnection
+from kubernetes.client.configuration import Configuration
+from kubernetes.client.rest import RESTClientObject
+from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
+from kubernetes.config.exec_provider import ExecProvider
+from kubernetes.config.kube_config import KubeConfigMerger
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, InsecureRequestWarning, ProtocolError
+from urllib3.poolmanager import pool_classes_by_scheme
 
 from shared import __version__
 from shared.settings import SettingsError
@@ -42,8 +43,6 @@ _KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000),
 ]
-# A module that is taken out of sys.modules by one thread must not be missed by another.
-_importing = threading.RLock()
 
 
 class ApiError(Exception):
@@ -104,7 +103,8 @@ class Api:
 
     def __init__(self, kubeconfig: str | None, *, in_kubernetes: bool) -> None:
         """Read the configuration, in a pod the pod's own first; raises SettingsError."""
-        logging.getLogger().addHandler(logging.NullHandler())  # else logging prints to stderr
+        # The library logs with the root logger, which prints to stderr where nobody has set it up.
+        logging.basicConfig(handlers=[logging.NullHandler()])
         urllib3.disable_warnings(InsecureRequestWarning)
         self._kubeconfig, self._in_kubernetes = kubeconfig, in_kubernetes
         self._configuration, self._pool = self._open()
@@ -119,10 +119,7 @@ class Api:
         """Whether the server has to prove who it is."""
         return bool(self._configuration.verify_ssl) and self.host.startswith("https://")
 
-    def _open(self) -> tuple[Any, urllib3.PoolManager]:
-        with _bare_packages():
-            from kubernetes.client.rest import RESTClientObject  # noqa: PLC0415
-
+    def _open(self) -> tuple[Configuration, urllib3.PoolManager]:
         configuration = _configuration(self._kubeconfig, self._in_kubernetes)
         configuration.socket_options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
         try:
@@ -134,8 +131,9 @@ class Api:
                 f"{scheme}_PROXY, ALL_PROXY or the kubeconfig's proxy-url={proxy!r}: "
                 f"{_one_line(error)}; write it as http://host:port or unset it"
             ) from error
-        pools = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = {name: _impatient(kind) for name, kind in pools.items()}
+        # A SOCKS proxy has pools of its own. There a head is waited for as long as a body.
+        if manager.pool_classes_by_scheme is pool_classes_by_scheme:
+            manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
         return configuration, manager
 
     def _reload(self) -> None:
@@ -201,51 +199,58 @@ class Api:
             )
 
 
-@functools.cache
-def _impatient(pools: Any) -> Any:  # noqa: ANN401
-    """Return that class of connection pools with `_HEAD_S`, for which urllib3 has no setting."""
+class _Connection(HTTPConnection):
+    """Waits for the head of a watch no longer than `_HEAD_S`: urllib3 has one timeout for all.
 
-    class Connection(pools.ConnectionCls):  # type: ignore[misc]
-        timeout: float
+    The socket is taken hold of before: an answer with `Connection: close` takes it away.
+    """
 
-        def getresponse(self) -> urllib3.HTTPResponse:
-            sock, timeout_s = self.sock, self.timeout
-            self.timeout = _HEAD_S if timeout_s > _PROMPT_S else timeout_s
-            response: urllib3.HTTPResponse = super().getresponse()
-            with contextlib.suppress(OSError):  # closed: there was nothing but the head
-                sock.settimeout(timeout_s)
-            return response
-
-    return type("Pool", (pools,), {"ConnectionCls": Connection})
+    def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]  # as urllib3 does
+        sock, body_s = self.sock, self.timeout
+        self.timeout = _HEAD_S if body_s and body_s > _PROMPT_S else body_s
+        response = super().getresponse()
+        with contextlib.suppress(OSError):  # closed: there was nothing but the head
+            sock.settimeout(body_s)
+        return response
 
 
-def _credentials(configuration: Any) -> dict[str, str]:  # noqa: ANN401
+class _TlsConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+def _credentials(configuration: Configuration) -> dict[str, str]:
     """Return the header with the token; the library reads its file again every minute."""
     try:
-        settings = configuration.auth_settings().values()
-    # The library's own ConfigException has no base of its own.
+        setting = configuration.auth_settings().get("BearerToken")
+    # Reading it again runs whatever refreshes it: files, plugins and servers fail in any way.
     except Exception as error:
         raise ApiError(f"cannot read the token: {_one_line(error)}") from error
-    headers = {s["key"]: s["value"].strip() for s in settings if s["value"]}
+    if setting is None or not setting["value"]:
+        return {}
+    value = setting["value"].strip()
     # http.client would refuse it too, but with the token in the error's text.
-    if not all(value.isascii() and value.isprintable() for value in headers.values()):
+    if not (value.isascii() and value.isprintable()):
         raise ApiError("cannot use the token: it is not one line of plain text")
-    return headers
+    return {setting["key"]: value}
 
 
-def _configuration(kubeconfig: str | None, in_kubernetes: bool) -> Any:  # noqa: ANN401
+def _configuration(kubeconfig: str | None, in_kubernetes: bool) -> Configuration:
     """Return the library's configuration: this pod's, else the kubeconfig's."""
-    with _bare_packages():
-        from kubernetes.client.configuration import Configuration  # noqa: PLC0415
-        from kubernetes.config import config_exception, incluster_config  # noqa: PLC0415
-
     problem = "this is no pod with a service account"
     if in_kubernetes:
-        configuration: Any = Configuration()
+        configuration = Configuration()
         try:
-            incluster_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+            load_incluster_config(configuration)  # type: ignore[no-untyped-call]
             _check(configuration)
-        except (config_exception.ConfigException, ApiError, OSError, ValueError) as error:
+        except (ConfigException, ApiError, OSError, ValueError) as error:
             problem = f"this pod's service account cannot be used ({_one_line(error)})"
         else:
             return configuration
@@ -259,43 +264,43 @@ def _configuration(kubeconfig: str | None, in_kubernetes: bool) -> Any:  # noqa:
     return configuration
 
 
-def _load_kubeconfig(configuration: Any, kubeconfig: str) -> None:  # noqa: ANN401
-    with _bare_packages():
-        # The loader wants ApiClient for refreshing OIDC tokens only; it brings 11 MB of pydantic.
-        importlib.import_module("kubernetes.client").ApiClient = _api_client  # type: ignore[attr-defined]
-        from kubernetes.config import kube_config  # noqa: PLC0415
+def _load_kubeconfig(configuration: Configuration, kubeconfig: str) -> None:
     remedy = "name a kubeconfig file that works with kubectl"
-    paths = [path for path in kubeconfig.split(os.pathsep) if path]
-    complaints = _Complaints()
-    logging.getLogger().addHandler(complaints)
     try:
-        for path in paths:  # the library would take an unreadable one for no file at all
+        for path in filter(None, kubeconfig.split(os.pathsep)):
+            # The library would take an unreadable one for no file at all.
             Path(path).expanduser().open("rb").close()
-        kube_config.load_kube_config(  # type: ignore[no-untyped-call]
+        load_kube_config(  # type: ignore[no-untyped-call]
             kubeconfig, client_configuration=configuration, persist_config=False
         )
-        if complaints.texts:
-            raise ApiError(complaints.texts[0])
+        if not (configuration.api_key or configuration.cert_file):
+            _ask_plugin(kubeconfig)
         _check(configuration)
     # Whatever a file of any content makes YAML, base64 and the library raise.
     except Exception as error:
         raise SettingsError(f"KUBECONFIG={kubeconfig!r}: {_one_line(error)}; {remedy}") from error
-    finally:
-        logging.getLogger().removeHandler(complaints)
 
 
-class _Complaints(logging.Handler):
-    """Keeps the errors that the library logs: an exec plugin that fails is no more to it."""
+def _ask_plugin(kubeconfig: str) -> None:
+    """Where the user of `kubeconfig` has an exec plugin, raise why it gave no credentials.
 
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.texts: list[str] = []
+    The library only logs the reason and goes on without (_load_from_exec_plugin of kube_config.py).
+    So the plugin is run once more, by the library's own class, which raises it.
+    """
+    merged = KubeConfigMerger(kubeconfig).config  # type: ignore[no-untyped-call]
+    context = merged["contexts"].get_with_name(merged["current-context"])["context"]
+    if not context.safe_get("user") or not merged.safe_get("users"):
+        return
+    user = merged["users"].get_with_name(context["user"], safe=True)
+    if not user or "exec" not in user["user"]:
+        return
+    cluster = merged["clusters"].get_with_name(context["cluster"])["cluster"]
+    folder = str(Path(cluster.path).absolute().parent)
+    ExecProvider(user["user"]["exec"], folder, cluster).run()  # type: ignore[no-untyped-call]
+    raise ApiError("exec: missing token, or certificate and key, in the plugin's output")
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
-
-def _check(configuration: Any) -> None:  # noqa: ANN401
+def _check(configuration: Configuration) -> None:
     """Refuse what no request could succeed with; raises ApiError."""
     host = str(configuration.host)
     if not urlsplit(host).hostname or not host.startswith(("https://", "http://")):
@@ -314,35 +319,6 @@ def _check(configuration: Any) -> None:  # noqa: ANN401
             context.load_cert_chain(*chain, password=lambda: b"")
     except OSError as error:
         raise ApiError(f"the client certificate cannot be used: {error}") from error
-
-
-def _api_client(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-    from kubernetes.client.api_client import ApiClient  # noqa: PLC0415
-
-    return ApiClient(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _bare_packages() -> Iterator[None]:
-    """Let single files of the client library be imported without its packages' `__init__`.
-
-    Those import everything there is, models and informers included: 45 MB resident where the
-    files that are used here need 27 (kubernetes 37.0.2, Python 3.11).
-    """
-    made: list[str] = []
-    with _importing:
-        try:
-            for name in ("kubernetes", "kubernetes.config", "kubernetes.utils"):
-                if name not in sys.modules:
-                    spec = importlib.util.find_spec(name)
-                    if spec is None:
-                        raise ModuleNotFoundError(f"no module named {name!r}", name=name)
-                    sys.modules[name] = importlib.util.module_from_spec(spec)
-                    made.append(name)
-            yield
-        finally:
-            for name in made:
-                del sys.modules[name]
 
 
 @contextlib.contextmanager

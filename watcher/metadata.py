@@ -58,6 +58,10 @@ class _Owner(Struct, frozen=True):
     kind: str = ""
 
 
+_Time = Annotated[str, Meta(max_length=64)]
+# What msgspec makes a type of: name, type, and the default where there is one.
+_Fields = list[str | tuple[str, Any] | tuple[str, Any, Any]]
+
 _event_decoder = msgspec.json.Decoder(Event)
 _failure_decoder = msgspec.json.Decoder(Failure)
 _versioned_decoder = msgspec.json.Decoder(_Versioned)
@@ -78,46 +82,38 @@ def version(raw: msgspec.Raw | bytes) -> str:
     return _versioned_decoder.decode(raw).metadata.resource_version
 
 
+def _item(annotation: str) -> Any:  # noqa: ANN401 - a type that only exists at run time
+    """Return the type of a pod whose limit stands in `annotation`."""
+    wanted = msgspec.defstruct(
+        "Annotations",
+        [
+            ("limit", str | None, msgspec.field(default=None, name=annotation)),
+            ("config_hash", str | None, msgspec.field(default=None, name=CONFIG_HASH)),
+        ],
+        frozen=True,
+    )
+    fields: _Fields = [
+        ("uid", Id),
+        ("name", Name),
+        ("namespace", Name),
+        ("version", str, msgspec.field(name="resourceVersion")),
+        ("created", _Time | None, msgspec.field(default=None, name="creationTimestamp")),
+        ("annotations", wanted | None, None),
+        ("owners", list[_Owner] | None, msgspec.field(default=None, name="ownerReferences")),
+    ]
+    meta = msgspec.defstruct("ObjectMeta", fields, frozen=True)
+    return msgspec.defstruct("Item", [("metadata", meta)], frozen=True)
+
+
 class PodReader:
     """Decodes pods whose limit stands in one certain annotation."""
 
     def __init__(self, annotation: str) -> None:
         """Prepare decoders for the key `annotation`."""
-        wanted = msgspec.defstruct(
-            "Annotations",
-            [
-                ("limit", str | None, msgspec.field(default=None, name=annotation)),
-                ("config_hash", str | None, msgspec.field(default=None, name=CONFIG_HASH)),
-            ],
-            frozen=True,
-        )
-        meta = msgspec.defstruct(
-            "ObjectMeta",
-            [
-                ("uid", Id),
-                ("name", Name),
-                ("namespace", Name),
-                ("version", str, msgspec.field(name="resourceVersion")),
-                (
-                    "created",
-                    Annotated[str, Meta(max_length=64)] | None,
-                    msgspec.field(default=None, name="creationTimestamp"),
-                ),
-                ("annotations", wanted | None, None),
-                (
-                    "owners",
-                    list[_Owner] | None,
-                    msgspec.field(default=None, name="ownerReferences"),
-                ),
-            ],
-            frozen=True,
-        )
-        item = msgspec.defstruct("Item", [("metadata", meta)], frozen=True)
-        whole = msgspec.defstruct(
-            "List",
-            [("metadata", _Version), ("items", list[item] | None, None)],  # type: ignore[valid-type]
-            frozen=True,
-        )
+        item = _item(annotation)
+        items = list[item] | None  # type: ignore[valid-type]
+        fields: _Fields = [("metadata", _Version), ("items", items, None)]
+        whole = msgspec.defstruct("List", fields, frozen=True)
         self._item: msgspec.json.Decoder[Any] = msgspec.json.Decoder(item)
         self._list: msgspec.json.Decoder[Any] = msgspec.json.Decoder(whole)
 

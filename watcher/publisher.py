@@ -19,6 +19,7 @@ import msgspec
 
 from shared import messages
 from shared.logs import Log
+from shared.pace import Backoff
 from shared.units import format_watts
 from watcher import snapshot
 from watcher.metadata import Pod
@@ -26,7 +27,7 @@ from watcher.metrics import Counts, Link
 
 HEARTBEAT_S = 2.0
 SILENT_S = 5.0  # two heartbeats and a turn without any answer
-_RETRY_S = 0.005  # first wait where a connection that is there takes nothing; doubles
+_RETRY = Backoff(first_s=0.005, most_s=HEARTBEAT_S)  # a connection that is there takes nothing
 _HOLDS = ("enforced", "clamped")  # a pod's limit was written, and read back
 _SHOWN = 16  # pods named in one log line
 
@@ -114,7 +115,7 @@ class Publisher:
         self._revision = 0
         self._connections = 0
         self._due_at = self._clock()
-        self._retry_s = _RETRY_S
+        self._retry = _RETRY
         # Oldest first. The newest count, so a full one forgets its oldest; a whole node fits in.
         self._pending: deque[_Change] = deque(maxlen=messages.MAX_PODS)
         self._reported_at = self._clock()
@@ -206,10 +207,10 @@ class Publisher:
         if self._owed_since is None:
             self._owed_since = now
         if self._client.send(self._snapshot or messages.Ping()):
-            self._retry_s = _RETRY_S
+            self._retry = self._retry.cleared()
         elif self._client.connected:
-            self._due_at = now + self._retry_s
-            self._retry_s = min(HEARTBEAT_S, self._retry_s * 2)
+            self._retry = self._retry.failed(now)
+            self._due_at = now + self._retry.left_s(now)
 
     def _take(self, reply: messages.Reply, now: float) -> None:
         self._heard, self._owed_since = True, None

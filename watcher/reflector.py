@@ -11,6 +11,8 @@ Rules:
    failure never empties it.
 5. Only a watch that lasts is a success: whatever else comes again and again waits ever longer,
    or a second at most where it brings something each time.
+
+`verdict` judges each end, and `after_end` and `Pace` follow from it. They are pure; the rest acts.
 """
 
 import random
@@ -19,10 +21,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from shared.logs import Log
+from shared.pace import Backoff
 from watcher import metadata
 from watcher.kube import ApiError
 from watcher.metadata import Pod
@@ -33,10 +37,12 @@ LINE_BYTES = 4 * 1024 * 1024
 LIST_TIMEOUT_S = 60.0
 WATCH_S = (240, 300)  # asked of the server; spread, so that a cluster's agents do not come at once
 DOUBT_S = (60, 75)  # of a watch after one that was lost; a bookmark comes each minute (cacher.go)
+# Of the first watch after a failure. Its end in order says soon that the trouble is over, also
+# where nothing happens: a read that is waited in cannot look at the clock.
+PROOF_S = (2, 3)
 WATCH_SLACK_S = 20.0
 STEADY_S = 1.0  # a watch that lived as long has proved that the server can be watched
-_FIRST_DELAY_S = 0.25
-_MAX_DELAY_S = 30.0
+_BACKOFF = Backoff(first_s=0.25, most_s=30.0)
 _DIGITS = 39  # versions are 128 bits at most (KEP-5504)
 
 Offer = Callable[[Mapping[str, Pod], float | None], None]
@@ -92,28 +98,17 @@ class Resuming:
 
 @dataclass(frozen=True, slots=True)
 class Watching:
-    """A watch is open: the next step takes what it brings.
+    """A watch is open since `opened_s`: the next step takes what it brings.
 
     `rest` is a line not yet whole; `failure` is what ended it after events that were still good.
     """
 
     version: str
-    answer: Answer
-    since: float
+    opened_s: float
     doubtful: bool = False
     rest: bytes = b""
     fruitful: bool = False
     failure: ApiError | None = None
-
-    @property
-    def steady(self) -> bool:
-        """Whether this watch was a success, however it ends."""
-        return time.monotonic() - self.since >= STEADY_S
-
-    @property
-    def silent(self) -> bool:
-        """Whether it was in doubt and has proved nothing in the time it had, however it ends."""
-        return self.doubtful and time.monotonic() - self.since >= DOUBT_S[0] - STEADY_S
 
 
 State = Listing | Relisting | Resuming | Watching
@@ -150,61 +145,110 @@ def is_expiry(error: ApiError) -> bool:
     return error.status == 410 or error.too_large
 
 
-def after_failure(state: State, error: ApiError) -> State:
-    """Return where to go on after `error`: from the beginning only without a common past."""
+class Worth(Enum):
+    """What a watch was good for, however it ended."""
+
+    BARE = "it ended as soon as it was open, or there was none"
+    FRUITFUL = "it was short, but it brought something"
+    STEADY = "it lasted: this server can be watched"
+    SILENT = "it lasted, but it was in doubt and brought nothing for a minute"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an end means. `cause` is the metric's label for it."""
+
+    worth: Worth
+    cause: Literal["closed", "expired", "failed"]
+
+    @property
+    def lasted(self) -> bool:
+        """Whether it was a success (rule 5)."""
+        return self.worth in (Worth.STEADY, Worth.SILENT)
+
+
+def verdict(state: State, error: ApiError | None, now_s: float) -> Verdict:
+    """Judge the end of `state`; `error` None where the server ended a watch in order."""
+    worth = Worth.BARE
+    if isinstance(state, Watching):
+        lasted_s = now_s - state.opened_s
+        if state.doubtful and lasted_s >= DOUBT_S[0] - STEADY_S:
+            worth = Worth.SILENT
+        elif lasted_s >= STEADY_S:
+            worth = Worth.STEADY
+        elif state.fruitful:
+            worth = Worth.FRUITFUL
+    if error is None:
+        return Verdict(worth, "failed" if worth is Worth.BARE else "closed")
+    # A list of the newest asks for no version, so there is none that could have expired.
+    expired = is_expiry(error) and not isinstance(state, Listing)
+    return Verdict(worth, "expired" if expired else "failed")
+
+
+def after_end(state: State, error: ApiError | None, judged: Verdict) -> State:
+    """Return where to go on: from the beginning only without a common past."""
     if isinstance(state, Listing):
         return state
-    if is_expiry(error):
+    if error is not None and judged.cause == "expired":
         return Listing(rewound=error.too_large)
-    if isinstance(state, Watching) and state.silent:
+    if judged.worth is Worth.SILENT:
         return Relisting(state.version)
+    if isinstance(state, Watching) and error is None:
+        return Resuming(state.version, state.doubtful)
     # A doubt that the server does not let be settled must not cost the watch.
-    if isinstance(state, Relisting) and error.status not in (400, 403, 422):
+    if isinstance(state, Relisting) and error is not None and error.status not in (400, 403, 422):
         return state
     return Resuming(state.version, doubtful=True)
 
 
-class Backoff:
-    """How long to wait after watches in a row that did not last."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long to wait before the next request: `wait_s`, after the ends so far.
 
-    def __init__(self) -> None:
-        """Begin without failures."""
-        self.failures, self._excused = 0, False
+    `let_off`: the last end cost no wait, so the next of its kind does.
+    """
 
-    def succeed(self) -> None:
-        """Begin anew."""
-        self.failures, self._excused = 0, False
+    backoff: Backoff = _BACKOFF
+    let_off: bool = False
+    wait_s: float = 0.0
 
-    def progress(self) -> None:
-        """Wait a second at most after a watch that did not last but brought something."""
-        self.failures = min(self.failures, 2)
+    def after(
+        self, judged: Verdict, now_s: float, *, share: float = 1.0, least_s: float = 0.0
+    ) -> "Pace":
+        """Return it after one more end; `share` is chance's, `least_s` the server's."""
+        backoff, let_off = self.backoff, self.let_off
+        if judged.lasted:
+            backoff, let_off = backoff.cleared(), False
+            if judged.cause == "closed":
+                return Pace(backoff)
+        elif judged.worth is Worth.FRUITFUL and judged.cause != "expired":
+            backoff = backoff.capped(2)  # so this wait is a second at most
+        # A short watch that ends in order, or a version that is not known, is an answer. It is
+        # no reason to wait, unless it comes again and again.
+        answer = judged.cause in ("closed", "expired")
+        if answer and not let_off:
+            return Pace(backoff, let_off=True)
+        backoff = backoff.failed(now_s, share=share, least_s=least_s)
+        return Pace(backoff, let_off=answer, wait_s=backoff.left_s(now_s))
 
-    def fail(self, error: ApiError) -> float:
-        """Return the seconds to wait after one more failure.
 
-        That a version is not known is an answer, and no reason to wait: a list is next.
-        """
-        return self._wait_s(error.retry_after_s, excused=is_expiry(error))
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What is wrong with the server. Troubles of the same `kind` are said once."""
 
-    def end(self) -> float:
-        """Return the seconds to wait after a short watch that the server ended in order."""
-        return self._wait_s(0.0, excused=True)
-
-    def _wait_s(self, least_s: float, *, excused: bool) -> float:
-        # What is excused once is none of it when it comes again and again.
-        again, self._excused = self._excused, excused
-        if excused and not again:
-            return 0.0
-        self.failures += 1
-        longest_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(self.failures - 1, 10))
-        jittered_s = longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
-        return min(_MAX_DELAY_S, max(jittered_s, least_s))
+    text: str
+    kind: object  # the status, or the text without its numbers
+    since_s: float
 
 
 class Reflector:
-    """Steps through the states for ever and offers the pods whenever they have changed."""
+    """Steps through the states for ever and offers the pods whenever they have changed.
 
-    def __init__(
+    Only the thread that is in `run` writes here. Others call `stop`, and look at `listed`,
+    `problem` and `turned_at`.
+    """
+
+    def __init__(  # noqa: PLR0913 - its parts
         self,
         api: Api,
         scope: Scope,
@@ -212,43 +256,55 @@ class Reflector:
         offer: Offer,
         counts: Counts,
         log: Log,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is asked before `run`."""
-        self._api, self._scope, self._reader = api, scope, pods
-        self._offer, self._counts, self._log = offer, counts, log
+        self._api = api
+        self._scope = scope
+        self._reader = pods
+        self._offer = offer
+        self._counts = counts
+        self._log = log
+        self._clock = clock
         self._pods: dict[str, Pod] = {}
-        self._newest = -1  # the newest version seen, where versions are numbers
-        self._backoff = Backoff()
+        # How new `_pods` is (rule 4), -1 where versions are no numbers. Where to go on is another
+        # fact, which the states hold: after a 410 there is no such place, but pods are held.
+        self._held_version = -1
+        self._answer: Answer | None = None  # of the watch that is open
+        self._pace = Pace()
+        self._trouble: Trouble | None = None
         self._stop = threading.Event()
-        self._open: Answer | None = None
-        self._troubled_since: float | None = None
-        self._trouble: object = None  # its kind: status, or the text without its numbers
-        self._proof: threading.Timer | None = None
         self.listed = False
-        self.problem: str | None = None
-        self.turned_at = time.monotonic()
+        self.turned_at = clock()
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps the server from being watched; None where nothing does."""
+        trouble = self._trouble
+        return None if trouble is None else trouble.text
 
     def run(self) -> None:
         """Reflect until stopped."""
         state: State = Listing()
         while not self._stop.is_set():
-            self.turned_at = time.monotonic()
+            self.turned_at = self._clock()
             try:
                 state = self.step(state)
             except ApiError as error:
-                state = self._recover(state, error)
+                state = self._end(state, error)
             # The top of this thread. Ending it would end the reflecting, while the next list sets
             # everything right.
             except Exception as error:  # noqa: BLE001
                 self._log.error("reflector_failed", error=repr(error)[:500], state=repr(state)[:80])
-                state = self._recover(Listing(), ApiError(f"internal error: {error!r}"[:300]))
+                state = self._end(Listing(), ApiError(f"internal error: {error!r}"[:300]))
         self._hang_up()
 
     def stop(self) -> None:
         """End `run`, also where it waits for the server."""
         self._stop.set()
-        if self._open is not None:
-            self._open.interrupt()
+        answer = self._answer
+        if answer is not None:
+            answer.interrupt()
 
     def step(self, state: State) -> State:
         """Do the one thing that `state` calls for and return the next; raises ApiError."""
@@ -275,16 +331,16 @@ class Reflector:
             version, pods = self._reader.pods(answer.read_all(LIST_BYTES))
         except metadata.SENSELESS as error:
             raise ApiError(f"the list of pods makes no sense: {error}") from error
-        if _number(version) < self._newest:
+        if _number(version) < self._held_version:
             if isinstance(state, Relisting):
                 raise ApiError(
-                    f"the list of pods is older ({version}) than what is held ({self._newest}) "
-                    "and was asked for, and is not taken"
+                    f"the list of pods is older ({version}) than what is held "
+                    f"({self._held_version}) and was asked for, and is not taken"
                 )
             if not state.rewound:
-                return Relisting(str(self._newest))
-            self._log.warning("kubernetes_restored", held=str(self._newest), listed=version)
-        self._newest = _number(version)
+                return Relisting(str(self._held_version))
+            self._log.warning("kubernetes_restored", held=str(self._held_version), listed=version)
+        self._held_version = _number(version)
         self._pods = pods
         self.listed = True
         self._offer(MappingProxyType(pods.copy()), None)
@@ -292,6 +348,8 @@ class Reflector:
 
     def _watch(self, state: Resuming) -> State:
         spread = DOUBT_S if state.doubtful else WATCH_S
+        if self._trouble is not None:
+            spread = PROOF_S
         seconds = random.randint(*spread)  # noqa: S311 - not a secret
         query = {
             "watch": "1",
@@ -299,27 +357,23 @@ class Reflector:
             "resourceVersion": state.version,
             "timeoutSeconds": str(seconds),
         }
-        answer = self._api.get(
+        self._answer = self._api.get(
             self._scope.path,
             self._scope.selector | query,
             accept=metadata.WATCH_ACCEPT,
             read_timeout_s=seconds + WATCH_SLACK_S,
         )
-        self._open = answer
-        if self._troubled_since is not None:  # a server may say 200 and fail right after
-            self._proof = threading.Timer(STEADY_S, self._recovered)
-            self._proof.daemon = True
-            self._proof.start()
-        return Watching(state.version, answer, time.monotonic(), state.doubtful)
+        return Watching(state.version, self._clock(), state.doubtful)
 
     def _take(self, state: Watching) -> State:
         """Wait for the next bytes of the watch and apply the lines they complete."""
         if state.failure is not None:
             raise state.failure
-        data = state.answer.read()
-        arrived_at = time.monotonic()
+        assert self._answer is not None
+        data = self._answer.read()
+        arrived_at = self._clock()
         if not data:
-            return self._closed(state)
+            return self._closed(state, arrived_at)
         *lines, rest = (state.rest + data).split(b"\n")
         if len(rest) > LINE_BYTES or any(len(line) > LINE_BYTES for line in lines):
             raise ApiError(f"an event of the watch is longer than {LINE_BYTES} bytes")
@@ -336,20 +390,10 @@ class Reflector:
             self._offer(MappingProxyType(self._pods.copy()), arrived_at)
         return state
 
-    def _closed(self, state: Watching) -> State:
-        if not (state.steady or state.fruitful):
+    def _closed(self, state: Watching, now_s: float) -> State:
+        if verdict(state, None, now_s).cause == "failed":
             raise ApiError("the watch was closed as soon as it was open")
-        self._hang_up()
-        self._counts.watch_restarts["closed"] += 1
-        if state.steady:
-            self._recovered()
-            self._backoff.succeed()
-        else:
-            self._backoff.progress()
-            self._stop.wait(self._backoff.end())
-        if state.silent:
-            return Relisting(state.version)
-        return Resuming(state.version, state.doubtful)
+        return self._end(state, None)
 
     def _apply(self, line: bytes) -> tuple[str, bool]:
         """Take one event in; return its version and whether pods changed."""
@@ -365,7 +409,7 @@ class Reflector:
                 changed = self._put(pod, gone=event.type == "DELETED")
         except metadata.SENSELESS as error:
             raise ApiError(f"an event of the watch makes no sense: {error}") from error
-        self._newest = max(self._newest, _number(version))
+        self._held_version = max(self._held_version, _number(version))
         return version, changed
 
     def _put(self, pod: Pod, *, gone: bool) -> bool:
@@ -375,53 +419,53 @@ class Reflector:
         self._pods[pod.uid] = pod
         return changed
 
-    def _recover(self, state: State, error: ApiError) -> State:
-        """Say what is wrong, once; wait; return where to go on."""
+    def _end(self, state: State, error: ApiError | None) -> State:
+        """Draw the conclusions from the end of `state`, wait, and return where to go on."""
         self._hang_up()
-        # Stopping: whatever failed did so because its connection was taken away.
+        # Stopping: whatever ended did so because its connection was taken away.
         if self._stop.is_set():
             return state
-        if isinstance(state, Watching) and state.steady:
-            self._backoff.succeed()
-        elif isinstance(state, Watching) and state.fruitful and not is_expiry(error):
-            self._backoff.progress()
-        following = after_failure(state, error)
-        expired = isinstance(following, Listing) and not isinstance(state, Listing)
-        self._counts.watch_restarts["expired" if expired else "failed"] += 1
-        delay_s = self._backoff.fail(error)
-        if expired:
+        now_s = self._clock()
+        judged = verdict(state, error, now_s)
+        self._counts.watch_restarts[judged.cause] += 1
+        if judged.lasted:
+            self._recovered(now_s)
+        if judged.cause == "expired":
             self._log.debug("watch_expired", message=str(error))
-        else:
-            self._say(state, error)
-        self._stop.wait(delay_s)
-        return following
+        elif error is not None:
+            self._say(state, error, now_s)
+        self._pace = self._pace.after(
+            judged,
+            now_s,
+            # So that the nodes of a cluster do not come at once.
+            share=random.uniform(0.5, 1.0),  # noqa: S311 - not a secret
+            least_s=0.0 if error is None else error.retry_after_s,
+        )
+        self._stop.wait(self._pace.wait_s)
+        return after_end(state, error, judged)
 
     def _hang_up(self) -> None:
-        if self._proof is not None:
-            self._proof.cancel()
-            self._proof = None
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
 
-    def _say(self, state: State, error: ApiError) -> None:
+    def _say(self, state: State, error: ApiError, now_s: float) -> None:
+        """Keep what is wrong, and say it where it is new."""
         text = str(error)
         if error.status == 403:
             # A server that has just started refuses before it knows its rules.
             text = f"{text}; if it stays so, {self._scope.rule}"
-        if self._troubled_since is None:
-            self._troubled_since = time.monotonic()
-        self.problem, trouble = text, error.status or re.sub("[0-9]+", "", text)
-        if trouble != self._trouble:
-            self._trouble = trouble
+        kind: object = error.status or re.sub("[0-9]+", "", text)
+        before = self._trouble
+        self._trouble = Trouble(text, kind, now_s if before is None else before.since_s)
+        if before is None or before.kind != kind:
             doing = "list" if isinstance(state, Listing | Relisting) else "watch"
             self._log.warning("kubernetes_failing", doing=doing, message=text)
 
-    def _recovered(self) -> None:
-        since, self._troubled_since = self._troubled_since, None
-        self.problem = self._trouble = None
-        if since is not None:
-            outage_s = round(time.monotonic() - since, 3)
+    def _recovered(self, now_s: float) -> None:
+        trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            outage_s = round(now_s - trouble.since_s, 3)
             self._log.info("kubernetes_answers", outage_s=outage_s)
 
 

@@ -13,11 +13,14 @@ import msgspec
 import pytest
 
 from shared import messages as m
+from shared.client import Client
 from shared.logs import Log
 from tests.simnode.kubeapi import KubeApi
 from watcher import events
+from watcher.__main__ import Watcher
 from watcher.events import Note, Recorder, notes
 from watcher.kube import Api, ApiError
+from watcher.settings import WatcherSettings
 
 
 def pod(name: str = "trainer", /, **more: object) -> m.Pod:
@@ -237,7 +240,9 @@ def test_of_a_flapping_pod_only_the_newest_waits_and_others_keep_their_place(log
     take(recorder, pod("a", raw="199"), broken)
     take(recorder, pod("a", state="clamped"), broken)
     assert waiting(recorder) == [("a", "PowerLimitClamped"), ("b", "PowerLimitFailed")]
-    assert recorder._next().name == "a"
+    note = recorder._next()
+    assert note is not None
+    assert note.name == "a"
     take(recorder, pod("a"), broken)
     assert waiting(recorder) == [("b", "PowerLimitFailed"), ("a", "PowerLimitApplied")]
 
@@ -285,3 +290,94 @@ def test_a_namespace_cannot_change_the_path(log: Lines) -> None:
     note = Note("uid", "../../pods?x=", "name", "Normal", "Reason", "text")
     Recorder(api, "node", log)._write(note)
     assert api.asked == ["/api/v1/namespaces/..%2F..%2Fpods%3Fx%3D/events"]
+
+
+# ---------------------------------------------------------------------- its thread
+
+
+class Raising:
+    """Raises what it is told to; notes what it was asked when there is nothing to raise."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.asked: list[str] = []
+
+    def post(self, path: str, body: bytes, *, read_timeout_s: float) -> None:
+        assert body
+        assert read_timeout_s > 0
+        if self.errors:
+            raise self.errors.pop(0)
+        self.asked.append(path)
+
+
+def test_an_error_of_its_own_costs_one_event_and_is_told(log: Lines) -> None:
+    api, stop = Raising(RuntimeError("a mistake")), threading.Event()
+    recorder = Recorder(api, "node-a", log)
+    take(recorder)
+    take(recorder, pod("a"), pod("b"))
+    thread = threading.Thread(target=recorder.run, args=(stop,), daemon=True)
+    thread.start()
+    until(lambda: api.asked, "the other Event")
+    assert log.lines == ["error events_failed RuntimeError('a mistake')"]
+    assert thread.is_alive()
+    stop.set()
+    take(recorder, pod("c"))
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_it_turns_also_while_nothing_happens(log: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_IDLE_S", 0.01)
+    stop = threading.Event()
+    recorder = Recorder(Raising(), "node-a", log)
+    thread = threading.Thread(target=recorder.run, args=(stop,), daemon=True)
+    thread.start()
+    for _ in range(2):
+        before = recorder.turned_at
+        until(lambda at=before: recorder.turned_at > at, "another turn")  # type: ignore[misc]
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert log.lines == []
+
+
+@pytest.fixture
+def watcher(kube: KubeApi, log: Lines, tmp_path: Path) -> Iterator[Watcher]:
+    """All its threads run but the publisher's, which is the main one."""
+    kubeconfig = str(kube.write_kubeconfig(tmp_path / "kubeconfig", "t"))
+    settings = WatcherSettings(
+        run_dir=tmp_path, log_level="info", log_format="json", in_kubernetes=False,
+        node="node-a", kubeconfig=kubeconfig, namespace=None, annotation="example.com/watts",
+        metrics=None, events=True,
+    )  # fmt: skip
+    made = Watcher(settings, log)
+    yield made
+    made._stop.set()
+    made._reflector.stop()
+    made._reflecting.join(20)
+    client = made._publisher._client
+    assert isinstance(client, Client)
+    client.close()
+
+
+def test_an_events_thread_that_hangs_or_has_ended_is_not_healthy(watcher: Watcher) -> None:
+    recorder, thread = watcher._recorder, watcher._recording
+    assert recorder is not None
+    assert thread is not None
+    assert watcher._stuck() == ["reflector: stuck", "events: stuck"]  # neither has begun
+    watcher._reflecting.start()
+    thread.start()
+    until(lambda: watcher._stuck() == [], "health")
+    recorder.turned_at -= events.TURN_S + 1
+    assert watcher._stuck() == ["events: stuck"]
+    watcher._stop.set()  # whatever it is that ends it
+    take(recorder)
+    take(recorder, pod())
+    thread.join(20)
+    recorder.turned_at = time.monotonic()
+    assert watcher._stuck() == ["events: stuck"]
+
+
+def test_its_longest_turn_is_shorter_than_what_counts_as_stuck() -> None:
+    """What it waits for: a note, its place in the rate, and two answers with their connections."""
+    assert events._IDLE_S + 1 / events._PER_S + 2 * (events._TIMEOUT_S + 30) < events.TURN_S

@@ -628,6 +628,19 @@ def test_bookmarks_come_at_their_interval_and_carry_the_version() -> None:
                 watch.event()
 
 
+def test_a_watch_from_the_future_gets_no_bookmark_before_the_server_is_there() -> None:
+    with KubeApi(bookmark_interval_s=0.05) as api:
+        ahead = api.resource_version + 2
+        with RawWatch(api, f"allowWatchBookmarks=true&resourceVersion={ahead}", META) as watch:
+            watch.socket.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                watch.event()
+        with RawWatch(api, f"allowWatchBookmarks=true&resourceVersion={ahead}", META) as watch:
+            for name in ("a", "b"):
+                api.create_pod(name, node="node-a")
+            assert int(watch.event()["object"]["metadata"]["resourceVersion"]) >= ahead
+
+
 def test_a_bookmark_never_overtakes_an_event() -> None:
     store = Store(history=10)
     options = WatchOptions.parse({"resourceVersion": str(store.version)}, (1, 34))

@@ -42,3 +42,16 @@ def test_a_backoff_may_be_told_that_there_was_progress() -> None:
 
 def test_a_backoff_survives_any_number_of_failures() -> None:
     assert Backoff(0.25, 30.0, failures=100_000).failed(0.0).due_s == 30.0
+
+
+def test_chance_shortens_a_wait_and_the_other_side_lengthens_it_up_to_the_most() -> None:
+    backoff = Backoff(first_s=8.0, most_s=30.0)
+    assert backoff.failed(0.0, share=0.5).due_s == 4.0
+    assert backoff.failed(0.0, share=0.5, least_s=7.0).due_s == 7.0
+    assert backoff.failed(0.0, least_s=1e300).due_s == 30.0
+
+
+def test_a_backoff_tells_how_long_is_left() -> None:
+    backoff = Backoff(1.0, 32.0)
+    assert backoff.left_s(5.0) == 0.0
+    assert [backoff.failed(5.0).left_s(at_s) for at_s in (5.0, 5.75, 6.0, 9.0)] == [1, 0.25, 0, 0]

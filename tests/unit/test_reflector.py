@@ -18,7 +18,19 @@ from watcher import reflector
 from watcher.kube import Api, ApiError
 from watcher.metadata import LIST_ACCEPT, WATCH_ACCEPT, Pod, PodReader
 from watcher.metrics import Counts
-from watcher.reflector import Backoff, Listing, Reflector, Relisting, Resuming, Scope, Watching
+from watcher.reflector import (
+    DOUBT_S,
+    STEADY_S,
+    Listing,
+    Pace,
+    Reflector,
+    Relisting,
+    Resuming,
+    Scope,
+    Verdict,
+    Watching,
+    Worth,
+)
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE = "node-a"
@@ -54,10 +66,14 @@ def wishes(pods: Mapping[str, Pod]) -> Wishes:
 class Subject:
     """A reflector in a thread of its own, and all that it ever offered."""
 
-    def __init__(self, api: reflector.Api, scope: Scope) -> None:
+    def __init__(
+        self, api: reflector.Api, scope: Scope, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.offers: list[Wishes] = []
         self.log, self.counts = Lines(), Counts()
-        self.reflector = Reflector(api, scope, PodReader(KEY), self._take, self.counts, self.log)
+        self.reflector = Reflector(
+            api, scope, PodReader(KEY), self._take, self.counts, self.log, clock
+        )
         self.thread = threading.Thread(target=self.reflector.run, daemon=True)
 
     def _take(self, pods: Mapping[str, Pod], _arrived_at: float | None) -> None:
@@ -351,11 +367,11 @@ def test_a_watch_that_proves_itself_after_an_outage_costs_no_list(
     watching(api)
     api.go_down()
     api.come_back()
-    until(lambda: api.count("watch") == 2 and api.open_watches == 1, "the watch in doubt")
+    until(lambda: api.count("watch") >= 2 and api.open_watches == 1, "the watch in doubt")
     api.annotate("default", "a", KEY, "400")
-    until(lambda: api.count("watch") == 3, "the next one")
+    until(lambda: api.count("watch") >= 3, "the next one")
+    subject.wait_for({"a": "400"})
     assert api.count("list") == 1
-    assert subject.last == {"a": "400"}
 
 
 def test_a_server_that_only_lags_behind_was_not_restored() -> None:
@@ -468,75 +484,185 @@ def test_403_says_once_which_rule_to_paste(
         until(lambda: api.open_watches == 1, "the watch")
 
 
-# ---------------------------------------------------------------------- backoff
+# ---------------------------------------------------------------------- verdicts
 
 
-def _expired() -> ApiError:
-    return ApiError("gone", 410)
+DOWN, GONE = ApiError("down"), ApiError("gone", 410)
+AHEAD = ApiError("ahead", 504, 1, too_large=True)
+SHORT_S, MINUTE_S = STEADY_S - 0.1, DOUBT_S[0] - STEADY_S
+IN_DOUBT = Watching("9", 0.0, doubtful=True)
+BARE, FRUITFUL, STEADY, SILENT = Worth.BARE, Worth.FRUITFUL, Worth.STEADY, Worth.SILENT
 
 
-def test_backoff_grows_with_jitter_up_to_30_seconds() -> None:
-    runs = []
-    for _ in range(200):
-        backoff = Backoff()
-        runs.append([backoff.fail(ApiError("down")) for _ in range(40)])
-    for number, delays in enumerate(zip(*runs, strict=True)):
-        longest = min(30.0, 0.25 * 2**number)
-        assert longest / 2 <= min(delays) < max(delays) <= longest
-        assert max(delays) - min(delays) > longest / 4  # the nodes of a cluster do not come at once
+@pytest.mark.parametrize(
+    ("state", "lasted_s", "worth"),
+    [
+        (Watching("9", 0.0), 0.0, BARE),
+        (Watching("9", 0.0), SHORT_S, BARE),
+        (Watching("9", 0.0, fruitful=True), 0.0, FRUITFUL),
+        (Watching("9", 0.0, fruitful=True), SHORT_S, FRUITFUL),
+        (Watching("9", 0.0), STEADY_S, STEADY),
+        (Watching("9", 0.0, fruitful=True), STEADY_S, STEADY),
+        (Watching("9", 0.0), 300.0, STEADY),
+        (IN_DOUBT, SHORT_S, BARE),
+        (IN_DOUBT, MINUTE_S - 0.1, STEADY),
+        (IN_DOUBT, MINUTE_S, SILENT),
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "cause"), [(None, "closed"), (DOWN, "failed"), (GONE, "expired"), (AHEAD, "expired")]
+)
+def test_what_a_watch_was_worth_is_another_question_than_what_ended_it(
+    state: Watching, lasted_s: float, worth: Worth, error: ApiError | None, cause: str
+) -> None:
+    judged = reflector.verdict(state, error, lasted_s)
+    if error is None and worth is BARE:
+        cause = "failed"  # a server that ends each watch at once is not to be asked at once
+    assert (judged.worth, judged.cause) == (worth, cause)
+    assert judged.lasted == (worth in (STEADY, SILENT))
 
 
-def test_success_resets_backoff() -> None:
-    backoff = Backoff()
-    for _ in range(10):
-        backoff.fail(ApiError("down"))
-    backoff.succeed()
-    assert backoff.fail(ApiError("down")) <= 0.25
+@pytest.mark.parametrize(
+    ("state", "error", "cause"),
+    [
+        (Listing(), DOWN, "failed"),
+        (Listing(), GONE, "failed"),  # it asked for no version
+        (Relisting("7"), DOWN, "failed"),
+        (Relisting("7"), AHEAD, "expired"),
+        (Resuming("7"), DOWN, "failed"),
+        (Resuming("7"), GONE, "expired"),
+    ],
+)
+def test_a_request_that_fails_is_worth_nothing(
+    state: reflector.State, error: ApiError, cause: str
+) -> None:
+    judged = reflector.verdict(state, error, 1000.0)
+    assert (judged.worth, judged.cause) == (BARE, cause)
 
 
-def test_retry_after_is_the_least_and_never_more_than_30_seconds() -> None:
-    assert Backoff().fail(ApiError("busy", 429, 7)) == 7
-    assert Backoff().fail(ApiError("busy", 429, 1e300)) == 30
-
-
-def test_only_the_first_410_in_a_row_is_free() -> None:
-    backoff = Backoff()
-    assert backoff.fail(_expired()) == 0
-    assert 0.125 <= backoff.fail(_expired()) <= 0.25
-    assert 0.25 <= backoff.fail(_expired()) <= 0.5
-    assert 0.5 <= backoff.fail(ApiError("down")) <= 1
-    assert backoff.fail(_expired()) == 0
+def after(state: reflector.State, error: ApiError | None, now_s: float = 0.0) -> reflector.State:
+    return reflector.after_end(state, error, reflector.verdict(state, error, now_s))
 
 
 def test_after_each_failure_it_is_known_where_to_go_on() -> None:
-    watch = Watching("9", ScriptedAnswer([]), 0.0)
-    down, ahead = ApiError("down"), ApiError("ahead", 504, 1, too_large=True)
-    assert reflector.after_failure(Listing(), down) == Listing()
-    assert reflector.after_failure(Resuming("7"), down) == Resuming("7", doubtful=True)
-    assert reflector.after_failure(watch, down) == Resuming("9", doubtful=True)
-    assert reflector.after_failure(Relisting("7"), down) == Relisting("7")
+    watch = Watching("9", 0.0)
+    assert after(Listing(), DOWN) == Listing()
+    assert after(Resuming("7"), DOWN) == Resuming("7", doubtful=True)
+    assert after(watch, DOWN) == Resuming("9", doubtful=True)
+    assert after(Relisting("7"), DOWN) == Relisting("7")
     for state in (Resuming("7"), Relisting("7"), watch):
-        assert reflector.after_failure(state, _expired()) == Listing()
-    assert reflector.after_failure(Relisting("7"), ahead) == Listing(rewound=True)
-    assert reflector.after_failure(Listing(rewound=True), down) == Listing(rewound=True)
+        assert after(state, GONE) == Listing()
+    assert after(Relisting("7"), AHEAD) == Listing(rewound=True)
+    assert after(Listing(rewound=True), DOWN) == Listing(rewound=True)
 
 
+def test_a_watch_that_ends_in_order_goes_on_where_it_was_and_keeps_its_doubt() -> None:
+    assert after(Watching("9", 0.0), None, 300.0) == Resuming("9")
+    assert after(Watching("9", 0.0, fruitful=True), None) == Resuming("9")
+    assert after(IN_DOUBT, None, 2.0) == Resuming("9", doubtful=True)
+
+
+@pytest.mark.parametrize("error", [None, DOWN])
 @pytest.mark.parametrize(("lasted_s", "listed"), [(58.0, False), (60.0, True)])
 def test_a_watch_in_doubt_that_was_silent_for_a_minute_is_doubted_however_it_ends(
-    lasted_s: float, listed: bool
+    lasted_s: float, error: ApiError | None, *, listed: bool
 ) -> None:
     """A proxy may cut what is silent for a minute before the server ends it in order."""
-    watch = Watching("9", ScriptedAnswer([]), time.monotonic() - lasted_s, doubtful=True)
     following = Relisting("9") if listed else Resuming("9", doubtful=True)
-    assert reflector.after_failure(watch, ApiError("cut")) == following
+    assert after(IN_DOUBT, error, lasted_s) == following
 
 
 @pytest.mark.parametrize("status", [400, 403, 422])
 def test_a_server_that_refuses_to_list_what_is_no_older_is_watched_all_the_same(
     status: int,
 ) -> None:
-    refused = ApiError("not that", status)
-    assert reflector.after_failure(Relisting("7"), refused) == Resuming("7", doubtful=True)
+    assert after(Relisting("7"), ApiError("not that", status)) == Resuming("7", doubtful=True)
+
+
+# ---------------------------------------------------------------------- waits
+
+
+FAILED, EXPIRED = Verdict(BARE, "failed"), Verdict(BARE, "expired")
+ENDED_SOON, LASTED = Verdict(FRUITFUL, "closed"), Verdict(STEADY, "closed")
+TORN, EXPIRED_LATE = Verdict(FRUITFUL, "failed"), Verdict(STEADY, "expired")
+
+
+@pytest.mark.parametrize(
+    ("ends", "waits"),
+    [
+        ([FAILED] * 9, [0.25, 0.5, 1, 2, 4, 8, 16, 30, 30]),
+        ([FAILED] * 5 + [LASTED, FAILED], [0.25, 0.5, 1, 2, 4, 0, 0.25]),
+        ([FAILED] * 5 + [Verdict(SILENT, "closed"), FAILED], [0.25, 0.5, 1, 2, 4, 0, 0.25]),
+        # What lasted begins anew, also where it ends in a failure.
+        ([FAILED] * 3 + [Verdict(STEADY, "failed")] * 2, [0.25, 0.5, 1, 0.25, 0.25]),
+        # Only the first 410 in a row is free, also where an event comes before it.
+        ([EXPIRED, EXPIRED, EXPIRED, FAILED, EXPIRED], [0, 0.25, 0.5, 1, 0]),
+        ([Verdict(FRUITFUL, "expired")] * 6, [0, 0.25, 0.5, 1, 2, 4]),
+        ([EXPIRED_LATE] * 3, [0, 0, 0]),
+        # A short watch that brings something waits a second at most.
+        ([TORN] * 6, [0.25, 0.5, 1, 1, 1, 1]),
+        ([ENDED_SOON] * 6, [0, 0.25, 0.5, 1, 1, 1]),
+        ([FAILED] * 6 + [ENDED_SOON] * 2, [0.25, 0.5, 1, 2, 4, 8, 0, 1]),
+    ],
+)
+def test_each_end_has_its_wait(ends: list[Verdict], waits: list[float]) -> None:
+    pace, seen = Pace(), []
+    for judged in ends:
+        pace = pace.after(judged, 64.0)
+        seen.append(pace.wait_s)
+    assert seen == waits
+
+
+def test_waits_are_jittered() -> None:
+    """So that the nodes of a cluster do not come at once."""
+    assert Pace().after(FAILED, 0.0, share=0.5).wait_s == 0.125
+
+
+def test_retry_after_is_the_least_and_never_more_than_30_seconds() -> None:
+    assert Pace().after(FAILED, 0.0, share=0.5, least_s=7).wait_s == 7
+    assert Pace().after(FAILED, 0.0, least_s=1e300).wait_s == 30
+
+
+class Watched:
+    """An API whose list and first watches are scripted, on a clock that each read moves on."""
+
+    def __init__(self, *watches: tuple[float, list[bytes | ApiError]]) -> None:
+        self.watches = list(watches)
+        self.now_s = 1000.0
+        self.asked_s: list[str] = []
+
+    def get(
+        self, _path: str, query: Mapping[str, str], *, accept: str, read_timeout_s: float
+    ) -> ScriptedAnswer:
+        assert accept
+        if "watch" not in query:
+            return ScriptedAnswer([pod_list(10)])
+        assert read_timeout_s > float(query["timeoutSeconds"])
+        self.asked_s.append(query["timeoutSeconds"])
+        lasts_s, pieces = self.watches.pop(0)
+        return ScriptedAnswer(pieces, lambda: self._pass(lasts_s))
+
+    def _pass(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_the_first_watch_after_a_failure_is_short_and_its_end_says_that_all_is_well() -> None:
+    """A read that is waited in cannot look at the clock, and nothing may happen for a minute."""
+    api = Watched((0.5, [ApiError("torn")]), (2.5, []), (300.0, []))
+    subject = Subject(api, Scope(NODE, None), lambda: api.now_s)
+    waits = Waits(3)
+    subject.reflector._stop = waits
+    subject.reflector.run()
+    proof, doubt = int(api.asked_s[1]), int(api.asked_s[2])
+    assert int(api.asked_s[0]) >= 240
+    assert STEADY_S < proof <= 3  # or its orderly end would prove nothing, or come late
+    assert 60 <= doubt <= 75  # the doubt is still to be settled
+    assert [event for _, event, _ in subject.log.lines] == [
+        "kubernetes_failing",
+        "kubernetes_answers",
+    ]
+    assert subject.log.of("kubernetes_answers") == [{"outage_s": 2.5}]
+    assert subject.reflector.problem is None
 
 
 # ---------------------------------------------------------------------- byte by byte
@@ -545,10 +671,13 @@ def test_a_server_that_refuses_to_list_what_is_no_older_is_watched_all_the_same(
 class ScriptedAnswer:
     """Brings the given pieces, then ends; has the shape of kube.Answer."""
 
-    def __init__(self, pieces: list[bytes | ApiError]) -> None:
-        self.pieces, self.closed = pieces, False
+    def __init__(
+        self, pieces: list[bytes | ApiError], on_read: Callable[[], None] = lambda: None
+    ) -> None:
+        self.pieces, self.closed, self.on_read = pieces, False, on_read
 
     def read(self) -> bytes:
+        self.on_read()
         piece = self.pieces.pop(0) if self.pieces else b""
         if isinstance(piece, ApiError):
             raise piece
@@ -639,16 +768,16 @@ class EndlessApi:
 
 
 class Waits(threading.Event):
-    """Stands in for the reflector's `_stop`: notes how long it would wait, and ends it after 12."""
+    """Stands in for the reflector's `_stop`: notes how long it would wait, and ends it at last."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 12) -> None:
         super().__init__()
-        self.seconds: list[float] = []
+        self.most, self.seconds = most, list[float]()
 
     def wait(self, timeout: float | None = None) -> bool:
         assert timeout is not None
         self.seconds.append(timeout)
-        if len(self.seconds) == 12:
+        if len(self.seconds) == self.most:
             self.set()
         return self.is_set()
 

@@ -190,6 +190,15 @@ class Watch:
             record.encoded[kind, self._representation.name] = known
         return known
 
+    @property
+    def ahead(self) -> bool:
+        """Whether it began where the store has not come to: a bookmark would be older news.
+
+        A real server sends none then (process in cache_watcher.go compares the versions).
+        """
+        with self._store.lock:
+            return self._store.version < self._ignored_up_to
+
     def bookmark(self, *, initial_end: bool = False) -> bytes | None:
         """None while something is still to be sent: a bookmark must not overtake it."""
         with self._store.lock:
@@ -246,14 +255,22 @@ class Stream:
             now = time.monotonic()
             if now >= deadline:
                 return self._end()
-            if now >= bookmark_at and (bookmark := self._watch.bookmark()):
-                self._send(bookmark)
-                bookmark_at = self._next_bookmark(now, deadline)
+            if now >= bookmark_at:
+                bookmark_at = self._mark(now, deadline, bookmark_at)
             until = min(deadline, bookmark_at)
             wait_ms = None if until == float("inf") else max(0.0, until - now) * 1000
             ready = poller.poll(wait_ms)
             if any(fd != self._watch.wake_fd for fd, _ in ready):
                 return False  # the client hung up, or talks out of turn
+
+    def _mark(self, now: float, deadline: float, due: float) -> float:
+        """Send a bookmark where there can be one; return when the next is due."""
+        if not self._watch.ahead:
+            bookmark = self._watch.bookmark()
+            if bookmark is None:  # something has to be sent before
+                return due
+            self._send(bookmark)
+        return self._next_bookmark(now, deadline)
 
     def _next_bookmark(self, now: float, deadline: float) -> float:
         before_end = deadline - _BOOKMARK_BEFORE_END_S
