@@ -80,6 +80,8 @@ class Agent:
         due = self._due(desired)
         if due.decide:
             if self._see(desired, due):
+                # To see may have taken half a minute, and the watcher may be silent since.
+                desired = self._desk.desired()
                 self._act(desired)
             self._tell()
             self._move_on(desired, due)

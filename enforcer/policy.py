@@ -262,8 +262,13 @@ class _Case:
         limits = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
         inside = limits is not None and limits[0] <= self.owned.set_mw <= limits[1]
         # Without pods it was being given back when the enforcer was killed: it may be a stranger's.
-        may_write = self.owned.pods and inside and not self._taken()
+        may_write = self.owned.pods and inside and not self._taken() and not self._raises(kept)
         return kept if may_write else replace(kept, action=None)
+
+    def _raises(self, kept: Decision) -> bool:
+        """Tell whether to mend a drift would raise power: that takes evidence (I4)."""
+        limit_mw = self.gpu.limit_mw
+        return kept.action == "drift" and limit_mw is not None and limit_mw < (kept.target_mw or 0)
 
     def _taken(self) -> bool:
         """Tell whether surely none but strangers run on it (I1)."""

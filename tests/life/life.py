@@ -87,6 +87,8 @@ class Life:
         self._next_pid = 100
         self.session, self.revision = "s", 0
         self.last: m.Snapshot | None = None
+        # When this enforcer last heard the watcher.
+        self.heard_s: float | None = None
         self.start()
 
     # -- the enforcer --
@@ -98,6 +100,7 @@ class Life:
         assert self.ledger.try_lock()
         self.said = self.ledger.load()
         self.server.waiting.clear()
+        self.heard_s = None
         source = Processes(self.device, self.proc)
         server = cast("Server", self.server)
         world = World(server, self.device, source, self.bus, self.clock)
@@ -137,6 +140,8 @@ class Life:
     def deliver(self, request: m.Request, uid: int = WATCHER_UID) -> m.Reply:
         """Send a request and turn until it is answered."""
         self.server.waiting.append(Incoming((b"peer",), m.encode(request), uid, 1))
+        if isinstance(request, m.Snapshot):
+            self.heard_s = self.clock.time_s
         before = len(self.server.replies)
         deadline_s = self.clock.time_s + 200
         self.server.until_s = deadline_s

@@ -80,7 +80,6 @@ class AnyLife:
         self.pods: dict[str, float | None] = {}
         self.others: set[str] = set()
         self.pids: dict[int, str | Stranger] = {}
-        self.heard_s: float | None = None
         self.stopping = False
         self.kill_at_set: str | None = None
         # What each GPU that was written had before: the truth that no crash may lose.
@@ -120,8 +119,8 @@ class AnyLife:
     def _i4_up_only_on_evidence(self, uuid: str, limit_mw: int) -> None:
         if self.stopping or limit_mw == self.last_set.get(uuid):
             return  # somebody else had lowered it: a drift, or a kill came in between
-        assert self.heard_s is not None, "I4: raised before any snapshot"
-        silent_s = self.life.clock.time_s - self.heard_s
+        assert self.life.heard_s is not None, "I4: raised before any snapshot"
+        silent_s = self.life.clock.time_s - self.life.heard_s
         if self.lease_s is not None and silent_s > self.lease_s:
             return
         assert silent_s <= SILENT_S + 5, "I4: raised while the watcher is silent"
@@ -176,14 +175,11 @@ class AnyLife:
 
     def _start_again(self) -> None:
         self.life.kill()
-        self.heard_s = None
         self.stopping = False
 
     def tell(self) -> None:
-        self.heard_s = self.life.clock.time_s
         reply = self.life.snapshot(self.pods, self.others)
         assert isinstance(reply, m.Report), reply
-        self.heard_s = self.life.clock.time_s
 
     def change_wish(self) -> None:
         uid = self.chance.choice(PODS)
@@ -197,7 +193,7 @@ class AnyLife:
         self.tell()
 
     def start_process(self) -> None:
-        owner: str | Stranger = self.chance.choice([*PODS, *PODS, Stranger.OTHER, Stranger.UNKNOWN])
+        owner = OWNERS[self.chance.randrange(len(OWNERS))]
         self.pids[self.life.run(owner, self.chance.randrange(GPUS))] = owner
 
     def end_process(self) -> None:
@@ -209,7 +205,7 @@ class AnyLife:
     def pass_time(self) -> None:
         for _ in range(self.chance.choice([1, 1, 3, 10])):
             self.life.pass_s(self.chance.choice([0.05, 0.5, 2.0]), heartbeats=False)
-            if self.heard_s is not None:
+            if self.life.heard_s is not None:
                 self.tell()
 
     def silence(self) -> None:
@@ -265,7 +261,6 @@ class AnyLife:
         self.life.stop()
         self.stopping = False
         self.life.start()
-        self.heard_s = None
 
     def ask(self) -> None:
         status = self.life.status()
