@@ -101,6 +101,7 @@ class Life:
         self.said = self.ledger.load()
         self.server.waiting.clear()
         self.heard_s = None
+        self.started_s = self.clock.time_s
         source = Processes(self.device, self.proc)
         server = cast("Server", self.server)
         world = World(server, self.device, source, self.bus, self.clock)

@@ -33,7 +33,7 @@ FAULTS = {
     "power": ("UNKNOWN",),
 }
 SILENT_S = 10.0
-LIVES = int(os.environ.get("LIVES", "400"))
+LIVES = int(os.environ.get("LIVES", "160"))
 STEPS = 40
 GPUS = 3
 
@@ -119,10 +119,11 @@ class AnyLife:
     def _i4_up_only_on_evidence(self, uuid: str, limit_mw: int) -> None:
         if self.stopping or limit_mw == self.last_set.get(uuid):
             return  # somebody else had lowered it: a drift, or a kill came in between
-        assert self.life.heard_s is not None, "I4: raised before any snapshot"
-        silent_s = self.life.clock.time_s - self.life.heard_s
+        heard_s = self.life.started_s if self.life.heard_s is None else self.life.heard_s
+        silent_s = self.life.clock.time_s - heard_s
         if self.lease_s is not None and silent_s > self.lease_s:
             return
+        assert self.life.heard_s is not None, "I4: raised before any snapshot"
         assert silent_s <= SILENT_S + 5, "I4: raised while the watcher is silent"
         assert "pids" not in self.device.gpus[uuid].faults, "I5: unknown is not absent"
 
