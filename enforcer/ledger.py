@@ -71,6 +71,9 @@ class Ledger:
     def _open(self, name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=self._dir)
 
+    def _open_to_read(self, name: str, flags: int) -> int:
+        return self._open(name, flags | os.O_NONBLOCK)  # a pipe in its place would block for ever
+
     def try_lock(self) -> bool:
         """Take the lock if no other enforcer holds it."""
         with contextlib.suppress(BlockingIOError):
@@ -121,7 +124,7 @@ class Ledger:
 
     def _read(self, name: str) -> _Book:
         try:
-            with open(name, "rb", opener=self._open) as file:
+            with open(name, "rb", opener=self._open_to_read) as file:
                 text = file.read(_MAX_BYTES)
         except OSError as error:
             if error.errno in _NOT_THERE or error.errno in _NO_FILE:

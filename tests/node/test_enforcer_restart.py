@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -255,6 +256,29 @@ def test_a_garbage_ledger_is_said_and_the_generation_before_adopted() -> None:
         assert node.gpu().original_mw == 700_000
         assert any("damaged" in line["why"] for line in node.logs("ledger"))
         assert list(node.state_dir.glob("*damaged*"))
+
+
+def test_i5_a_ledger_that_cannot_be_read_is_waited_for_and_nothing_is_done_meanwhile() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.kill()
+        ledger, aside = node.state_dir / "ledger.json", node.state_dir / "aside"
+        ledger.rename(aside)
+        with socket.socket(socket.AF_UNIX) as obstacle:
+            obstacle.bind(str(ledger))  # to open one is ENXIO
+            node.process = node.spawn()
+            wait_until(lambda: node.logs("ledger"), "it is said")
+            (line,) = node.logs("ledger")
+            assert "cannot be read: No such device or address" in str(line["why"])
+            assert len(node.logs("started")) == 1
+            assert node.gpus.open_by() == set()
+            aside.rename(ledger)
+        wait_until(lambda: node.logs("started")[1:], "it goes on")
+        node.snapshot({})
+        node.snapshot({}, others=[A])
+        node.wait_limit(700)
 
 
 def test_i6_a_second_enforcer_waits_and_takes_over() -> None:

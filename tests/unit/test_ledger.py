@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from enforcer.ledger import Ledger, LedgerError
+from enforcer.ledger import Ledger, LedgerError, UnreadableError
 from enforcer.policy import Owned
 
 BOOT, OTHER_BOOT = "11111111-aaaa", "22222222-bbbb"
@@ -266,6 +269,71 @@ def test_a_directory_in_its_place_is_moved_aside(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*damaged*/kept"))
 
 
+def test_a_pipe_in_its_place_is_moved_aside_and_blocks_nothing(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.unlink()
+    os.mkfifo(ledger.path)
+    entries, said = reopened(tmp_path)
+    assert entries == FIRST
+    assert "is damaged, moved to" in said[0]
+
+
+# ---- what cannot be read is not damaged (I5) ----
+
+
+@contextmanager
+def no_descriptor_free() -> Iterator[None]:
+    """Let each open fail with EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_i5_a_whole_file_that_cannot_be_read_now_is_left_and_read_later(tmp_path: Path) -> None:
+    written(tmp_path, FIRST, SECOND)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ledger = Ledger(tmp_path, BOOT)
+    with no_descriptor_free(), pytest.raises(UnreadableError, match="cannot be read: Too many"):
+        ledger.load()
+    assert ledger.entries == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert ledger.load() == []
+    assert ledger.entries == SECOND
+
+
+def test_i5_the_generation_before_is_no_stand_in_for_what_cannot_be_read(tmp_path: Path) -> None:
+    """It may not know the newest GPU's original."""
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.unlink()
+    with socket.socket(socket.AF_UNIX) as obstacle:
+        obstacle.bind(str(ledger.path))  # to open one is ENXIO
+        with pytest.raises(UnreadableError, match=r"ledger\.json cannot be read"):
+            reopened(tmp_path)
+    assert ledger.path.exists()
+
+
+def test_damage_that_cannot_be_moved_aside_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.write_bytes(b"garbage")
+    for second in range(120):  # whenever it is tried, a folder has the name
+        at = time.strftime("%Y%m%dT%H%M%S", time.localtime(time.time() + second))
+        (tmp_path / f"ledger.json.damaged-{at}-{os.getpid()}").mkdir()
+    with pytest.raises(
+        UnreadableError, match=r"is damaged .* cannot be moved aside: Is a directory"
+    ):
+        ledger.load()
+    assert ledger.path.read_bytes() == b"garbage"
+    for folder in tmp_path.glob("*.damaged-*"):
+        folder.rmdir()
+    ledger.load()
+    assert ledger.entries == FIRST
+
+
 @pytest.mark.parametrize("obstacle", ["directory", "symlink"])
 def test_an_obstacle_where_the_next_generation_is_written_loses_nothing(
     tmp_path: Path, obstacle: str
@@ -376,7 +444,7 @@ def test_a_read_only_disk_at_start_names_the_setting(small_disk: Path, tmp_path:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from enforcer.ledger import Ledger, LedgerError
+from enforcer.ledger import Ledger, LedgerError, UnreadableError
 from enforcer.policy import Owned
 limit = int(sys.argv[2])
 ledger = Ledger(Path(sys.argv[1]), "11111111-aaaa")
