@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.simnode import late_signal
 
 A, B = pod_uid(1), pod_uid(2)
 
@@ -157,6 +158,15 @@ def test_sigint_ends_it_cleanly_too() -> None:
         node.process.send_signal(signal.SIGINT)
         assert node.process.wait(5) == 0
         assert node.limit() == 700
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_moment_before_a_wait_ends_it(how: signal.Signals) -> None:
+    """The wait is longer than the test may take: what is seen only after it is lost."""
+    with EnforcerNode(scan_seconds="300") as node:
+        node.settings |= late_signal.environment(how, 5)
+        assert node.spawn().wait(30) == 0, node.errors()
+        assert node.logs("stopped")
 
 
 def test_sigterm_restores_also_what_was_just_written_or_refused() -> None:

@@ -42,6 +42,7 @@ from shared.messages import (
 from shared.powerctl import live, node_checks, reply_checks, tables
 from shared.powerctl.explain import explain, near
 from shared.sockets import control_path
+from tests.simnode import late_signal
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 20.0
@@ -384,6 +385,19 @@ def test_a_question_that_is_interrupted_is_not_good(
             process.send_signal(how)
             assert process.communicate(timeout=DEADLINE_S)[0] == b""
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["status", "ping", "doctor"])
+def test_a_signal_in_the_last_moment_before_a_wait_ends_it(
+    run_dir: Path, what: str, how: signal.Signals
+) -> None:
+    """The wait is longer than the test may take: what is seen only after it is lost."""
+    with responding(run_dir, lambda _request: None):
+        done = powerctl(
+            what, "--socket", run_dir, "--timeout", "3600", **late_signal.environment(how, 0.1)
+        )
+    assert (done.returncode, done.stdout) == (130, "")
 
 
 def in_shell(script: str, run_dir: Path) -> tuple[int, str, str]:
