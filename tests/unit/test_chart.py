@@ -242,7 +242,7 @@ SETTINGS_REFUSED: dict[str, tuple[Object, str]] = {
     "release unknown": ({"releaseTo": "factory"}, "'original', 'default'"),
     "lease unknown": ({"lease": "30"}, "hold, or release:<seconds>"),
     "lease of nothing": ({"lease": "release:0"}, "at least 6"),
-    "lease too short": ({"lease": "release:5.999"}, "three of the watcher's heartbeats"),
+    "lease too short": ({"lease": "release:5.999"}, "at least 6: three heartbeats of the watcher"),
     "lease too short by zeros": ({"lease": "release:000005"}, "at least 6"),
     "lease too long": ({"lease": "release:1000000"}, "at least 6"),
     "scan too fast": ({"scanSeconds": 0.01}, "seconds, at least 0.05"),
