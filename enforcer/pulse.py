@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.sockets import pulse_path
+
 _EVERY_S = 1.0
 # O_NOFOLLOW and O_NONBLOCK: no link is followed, and a pipe in its place is not waited for. Opened
 # each time, so that a file that somebody removed comes again.
@@ -29,7 +31,7 @@ class Pulse:
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = _uptime_s) -> None:
         """Remove what an enforcer before this one left: this one does not turn yet."""
-        self._path = run_dir / "pulse"
+        self._path = pulse_path(run_dir)
         self._clock = clock
         self._due_s = 0.0
         self._remove()

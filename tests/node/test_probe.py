@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,13 @@ def test_of_an_enforcer_that_turns_the_shell_alone_can_tell() -> None:
         assert not probe(node)
         node.start()
         wait_for(node, good=True)
+        done = subprocess.run(
+            [f"{WITH_POWERCTL}/powerctl", "doctor", "--json", "--socket", str(node.run_dir)],
+            capture_output=True,
+            check=False,
+        )
+        checks = {check["name"]: check["result"] for check in json.loads(done.stdout)["checks"]}
+        assert checks["pulse"] == "ok"
 
 
 def test_one_that_hangs_is_noticed_and_one_that_goes_on_too() -> None:

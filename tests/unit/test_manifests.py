@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from shared import __version__
+from shared.sockets import PULSE_OLDEST_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "deploy/power_agent/daemonset.yaml"
@@ -231,6 +232,7 @@ def test_the_liveness_probe_has_patience_with_a_driver_that_takes_half_a_minute_
     assert period_s * (failures - 1) > 30
     found = re.search(r"^oldest_s=(\d+)", (ROOT / "deploy/probe").read_text(), re.MULTILINE)
     assert found
+    assert int(found[1]) == PULSE_OLDEST_S
     # And one that hangs for good is ended within a minute and a quarter.
     assert int(found[1]) + period_s * failures + liveness["timeoutSeconds"] <= 75
 

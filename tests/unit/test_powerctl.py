@@ -1289,6 +1289,25 @@ def test_doctor_fails_a_socket_that_is_none(tmp_path: Path) -> None:
     assert [check.result for check in node_checks.sockets(tmp_path)] == ["fail", "fail"]
 
 
+@pytest.mark.parametrize(
+    ("lies_there", "result", "seen"),
+    [
+        ("      1000\n", "ok", "the loop turned 4 s ago"),
+        ("       998\n", "warn", "says 6 s ago"),
+        ("      2000\n", "warn", "says -996 s ago"),
+        ("soon", "warn", "holds no time"),
+        (None, "warn", "No such file or directory"),
+    ],
+)
+def test_doctor_sees_whether_probes_find_the_pulse(
+    tmp_path: Path, lies_there: str | None, result: str, seen: str
+) -> None:
+    if lies_there is not None:
+        (tmp_path / "pulse").write_text(lies_there)
+    check = node_checks.pulse(tmp_path, 1004.9)
+    assert (check.result, seen in check.seen) == (result, True), check.seen
+
+
 def test_doctor_judges_the_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     told = reply(enforcer=enforcer(ledger=str(path)))
