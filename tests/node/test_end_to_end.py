@@ -490,10 +490,10 @@ def test_where_nobody_drains_their_output_both_go_on_and_say_later_what_is_missi
             output.drain()
         node.annotate(pod, 300)
         node.wait_for_limit(0, 300)
+        (said, *_) = enforcers.lines(bool)
+        assert (said["event"], said["count"] > 0) == ("log_lines_dropped", True)
         node.kill_enforcer()  # which the watcher says
         (said, *_) = watchers.lines(bool)
-        assert (said["event"], said["count"] > 0) == ("log_lines_dropped", True)
-        (said, *_) = enforcers.lines(bool)
         assert (said["event"], said["count"] > 0) == ("log_lines_dropped", True)
 
 
