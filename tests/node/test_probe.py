@@ -89,10 +89,21 @@ def test_one_that_cannot_write_its_pulse_is_asked_and_sets_limits() -> None:
         assert probe(node, WITH_POWERCTL)
 
 
+def test_one_that_turns_but_cannot_be_reached_is_not_well() -> None:
+    """Whoever removes its socket cuts the watcher off, and only a restart helps."""
+    with EnforcerNode() as node:
+        node.start()
+        wait_for(node, good=True)
+        (node.run_dir / "control.sock").unlink()
+        assert not probe(node, WITH_POWERCTL)
+
+
 def test_a_pulse_of_another_clock_is_not_believed() -> None:
     """As where something else lies in the place of /proc/uptime."""
     with EnforcerNode() as node:
-        node.run_dir.mkdir()
+        node.start()
+        wait_for(node, good=True)
+        node.kill()  # its socket stays
         for text in ("9999999999", "0", "09", "-1", "x", "", "1 1; exit 0"):
             (node.run_dir / "pulse").write_text(f"{text:>10}\n")
             assert not probe(node), text
