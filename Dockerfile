@@ -41,6 +41,7 @@ RUN install_code() { \
     && chmod 0755 /opt/power-agent/bin/powerctl \
     && ln -s ../supervised/bin/supervisord /opt/power-agent/bin/supervisord
 COPY LICENSE supervisord.conf /opt/power-agent/
+COPY deploy/probe /opt/power-agent/bin/probe
 COPY deploy/supervised /opt/power-agent/deploy/supervised
 # Bytecode that is not tied to times: starts fast on a read-only root, same bytes in every build.
 # Not for the client library's generated code, which the watcher never imports: 50 MB less.
@@ -48,7 +49,7 @@ RUN for part in enforcer watcher supervised; do \
         /opt/power-agent/$part/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash \
             -x '/kubernetes/(aio|client/(api|models))/' /opt/power-agent/$part/lib || exit 1; \
     done \
-    && chmod -R u=rwX,go=rX /opt/power-agent
+    && chmod -R u=rwX,go=rX /opt/power-agent && chmod 0755 /opt/power-agent/bin/probe
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="Power Agent" \
@@ -72,5 +73,5 @@ WORKDIR /opt/power-agent
 USER 65532:65532
 EXPOSE 9100
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=5s --start-period=15s --retries=3 CMD ["powerctl", "ping"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=15s --retries=3 CMD ["probe", "2"]
 CMD ["/opt/power-agent/watcher/bin/python", "-I", "-m", "watcher"]

@@ -12,6 +12,7 @@ from enforcer.clock import SystemClock
 from enforcer.ledger import Ledger, LedgerError, UnreadableError
 from enforcer.nvml import Nvml
 from enforcer.processes import Processes
+from enforcer.pulse import Pulse
 from enforcer.server import Server, prepare_directory
 from enforcer.settings import EnforcerSettings
 from enforcer.signals import StopSignal
@@ -30,6 +31,7 @@ def main() -> int:
     config = settings.from_command_line(_NAME, _PURPOSE, EnforcerSettings)
     log = Log("enforcer", config.log_level, config.log_format)
     stop = StopSignal()
+    pulse = Pulse(config.run_dir)
     nvml, clock = Nvml(), SystemClock()
     try:
         _refuse_token(config, log)
@@ -51,6 +53,7 @@ def main() -> int:
     gc.freeze()  # what is here stays: collections in the loop need not walk it
     while not stop.requested:
         agent.turn()
+        pulse.beat()
     agent.stop()
     server.close()
     ledger.close()

@@ -62,13 +62,21 @@ def _safe_default(value: str) -> SafeDefault:
     return SafeDefault(percent=int(percent.group(1)))
 
 
+# Three of the watcher's heartbeats, which come every two seconds (watcher/publisher.py): a shorter
+# lease runs out between two of them, and every GPU would be given back and taken again for ever.
+LEAST_LEASE_S = 6.0
+
+
 def _lease(value: str) -> float | None:
     if value == "hold":
         return None
     kind, _, after = value.partition(":")
     if kind != "release":
         raise ValueError("neither `hold` nor `release:<seconds>`")
-    return seconds(after)
+    lease_s = seconds(after)
+    if lease_s < LEAST_LEASE_S:
+        raise ValueError(f"shorter than three of the watcher's heartbeats ({LEAST_LEASE_S:g} s)")
+    return lease_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +151,10 @@ class EnforcerSettings(CommonSettings):
         seconds,
     )
     lease_s: float | None = setting(
-        "POWER_AGENT_LEASE", "hold", "watcher silent: hold, or release:<seconds>", _lease
+        "POWER_AGENT_LEASE",
+        "hold",
+        "watcher silent: hold, or release:<seconds>, at least 6",
+        _lease,
     )
     dry_run: bool = setting(
         "POWER_AGENT_DRY_RUN", "false", "decide and report, never write a limit", flag

@@ -14,13 +14,14 @@ class StopSignal:
         self._end.setblocking(False)
         self._wake.setblocking(False)
         self.requested = False
+        # Written to by the interpreter's own handler, in C, at the very moment. Python's handlers
+        # below run between two steps: where the signal comes just before a wait, after that wait.
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        if not self.requested:
-            self.requested = True
-            self._wake.send(b".")
+        self.requested = True
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""

@@ -9,6 +9,9 @@ from shared import messages
 from shared.sockets import TransportError, connection_event, control_path, events_path
 
 _AGAIN_S = 0.05  # how soon a client tries again to send what was not taken
+# The longest single wait for an answer. A signal that comes after Python has looked for signals and
+# before poll(2) begins does not end that wait: its handler runs only afterwards.
+_WAIT_S = 0.25
 
 
 class Client:
@@ -78,7 +81,7 @@ class Client:
             # The word that it is connected may come before it takes anything (socket_base.cpp,
             # process_commands).
             unsent = sent_over != self.connections
-            replies = self.wait(min(left_s, _AGAIN_S) if unsent else left_s)
+            replies = self.wait(min(left_s, _AGAIN_S if unsent else _WAIT_S))
             if replies:
                 return replies[0]
             if self.connected and sent_over != self.connections and self.send(request):

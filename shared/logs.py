@@ -1,25 +1,39 @@
-"""Logs: one object a line on standard output, `ts level component event` and what belongs to it."""
+"""Logs: one object a line on standard output, `ts level component event` and what belongs to it.
 
-import contextlib
+Nobody waits for whoever reads them: what is not taken is dropped and counted, and the next line
+that is taken comes after one that says how many are missing.
+"""
+
 import json
-import os
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
 
+from shared.output import MOST_BYTES, Output
+
 Level = Literal["debug", "info", "warning", "error"]
 _RANK: dict[str, int] = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+# Characters that are left of each long value, tried one after the other until the line fits.
+_LEFT = (1024, 256, 64, 16)
+_LONGEST = MOST_BYTES - 256  # the line before it, that tells of missing ones, is shorter than that
 
 
 class Log:
     """Writes the log of one component; values may be anything that JSON can hold."""
 
     def __init__(self, component: str, level: Level, form: Literal["json", "text"]) -> None:
+        """Write to what is standard output now."""
         self._component = component
         self._least = _RANK[level]
         self._form = form
+        # Python has none where it was closed at the start; its number may be another file's then.
+        self._output = Output(sys.stdout.fileno() if sys.stdout else None)
+        self._lock = threading.Lock()  # the watcher's threads share one log
+        self.dropped = 0  # lines that nobody will ever see
+        self._unsaid = 0  # those of them that no line has told of yet
 
     def debug(self, event: str, **values: object) -> None:
         """Log a detail that only a search for a fault needs."""
@@ -40,6 +54,29 @@ class Log:
     def _write(self, level: Level, event: str, values: dict[str, object]) -> None:
         if _RANK[level] < self._least:
             return
+        line = self._fitting(level, event, values)
+        with self._lock:
+            if self._unsaid:  # in one piece with the line, so that it never stands alone
+                count: dict[str, object] = {"count": self._unsaid}
+                line = self._line("warning", "log_lines_dropped", count) + line
+            if self._output.write(line):
+                self._unsaid = 0
+            else:
+                self.dropped += 1
+                self._unsaid += 1
+
+    def _fitting(self, level: Level, event: str, values: dict[str, object]) -> bytes:
+        """Return the line; in one that would be too long the longest values are cut, and named."""
+        line = self._line(level, event, values)
+        for left in _LEFT:
+            if len(line) <= _LONGEST:
+                break
+            long = {k: text for k, v in values.items() if len(text := _text(v)) > left}
+            shorter = {k: f"{text[:left]}..." for k, text in long.items()}
+            line = self._line(level, event, values | shorter | {"cut": list(long)})
+        return line
+
+    def _line(self, level: Level, event: str, values: dict[str, object]) -> bytes:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if self._form == "json":
             head = {"ts": now, "level": level, "component": self._component, "event": event}
@@ -48,9 +85,11 @@ class Log:
             # repr-like JSON values: a control character in a pod's name stays one line.
             rest = " ".join(f"{k}={_encode(v)}" for k, v in values.items())
             line = f"{now} {level.upper():7} {self._component}: {event} {rest}".rstrip()
-        with contextlib.suppress(OSError):  # nobody reads: enforcing goes on
-            # One write a line: lines never mix.
-            os.write(sys.stdout.fileno(), f"{line}\n".encode())
+        return f"{line}\n".encode()
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else _encode(value)
 
 
 def _encode(value: object) -> str:

@@ -122,6 +122,7 @@ class Counters(Struct, frozen=True, kw_only=True):
     denied: int = 0
     malformed: int = 0
     stale: int = 0
+    dropped_log_lines: int = 0  # which nobody took from standard output
 
 
 class EnforcerStatus(Struct, frozen=True, kw_only=True):

@@ -1,7 +1,9 @@
-"""Where the enforcer's sockets lie, and the few facts about them that both ends need."""
+"""Where the enforcer's sockets and its pulse lie, and the few facts that both ends need."""
 
 import struct
 from pathlib import Path
+
+PULSE_OLDEST_S = 5  # of a loop that turns; deploy/probe says so too
 
 
 class TransportError(Exception):
@@ -16,6 +18,11 @@ def control_path(run_dir: Path) -> Path:
 def events_path(run_dir: Path) -> Path:
     """Return where decisions are published."""
     return run_dir / "events.sock"
+
+
+def pulse_path(run_dir: Path) -> Path:
+    """Return the file in which the enforcer says when its loop last turned."""
+    return run_dir / "pulse"
 
 
 def connection_event(frame: bytes) -> int:

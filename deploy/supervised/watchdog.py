@@ -4,6 +4,10 @@ An enforcer hangs when it answered before and then left several pings in a row u
 that never answered may be waiting for another agent on this node to go, so it is given minutes;
 if it did wait, it waits on after its restart. SIGKILL is what it gets: a process that no longer
 turns handles no other signal, and limits and ledger outlive it.
+
+It asks over one connection that it keeps, which costs the enforcer one answer in five seconds and
+starts nothing. So it has no use for the pulse, with which the kubelet's probes spare themselves a
+Python (deploy/probe): an answer says more.
 """
 
 import contextlib

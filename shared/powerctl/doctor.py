@@ -28,6 +28,7 @@ def examine(run_dir: Path, timeout_s: float, proc: Path) -> tuple[list[Check], b
     seen = f"version {reply.enforcer.version} answered in {took_ms:.1f} ms"
     checks += [
         Check(name="enforcer", seen=seen),
+        node_checks.pulse(run_dir, time.clock_gettime(time.CLOCK_BOOTTIME)),
         Check(name="credentials", seen=f"uid {os.geteuid()} is admitted"),
         node_checks.host_pids(proc, listener, reply.enforcer.pid),
         node_checks.cgroup_version(proc),

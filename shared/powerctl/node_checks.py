@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared import messages
 from shared.powerctl.check import LOG, WAITS, Check, fail, warn
-from shared.sockets import control_path, events_path
+from shared.sockets import PULSE_OLDEST_S, control_path, events_path, pulse_path
 
 # PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: the first pid namespace's inode.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
@@ -51,6 +51,20 @@ def sockets(run_dir: Path) -> Iterator[Check]:
             yield Check(name=path.name, seen="there")
         else:
             yield fail(path.name, f"{path} is no socket", "restart the enforcer, it replaces it")
+
+
+def pulse(run_dir: Path, uptime_s: float) -> Check:
+    """Check that probes find the sign of an enforcer that has just answered."""
+    name, path = "pulse", pulse_path(run_dir)
+    costs = "probes ask with powerctl instead, which costs each of them a tenth of a second"
+    try:
+        age_s = int(uptime_s) - int(path.read_bytes())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "holds no time"
+        return warn(name, f"{path}: {why}", f"{costs}: remove what lies there, free {run_dir}")
+    if not 0 <= age_s <= PULSE_OLDEST_S:
+        return warn(name, f"{path} says {age_s} s ago", f"{costs}: free {run_dir}")
+    return Check(name=name, seen=f"the loop turned {age_s} s ago")
 
 
 def host_pids(proc: Path, listener: int, enforcer: int) -> Check:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import machine, probe
+from tests.bench import kubelet, machine, probe
 from tests.bench.figures import Figure, Statistic
 from tests.kube import assets
 from tests.simnode import reachable
@@ -216,7 +216,7 @@ def start(trials: int) -> list[Figure]:
 
 
 def steady(seconds: int) -> list[Figure]:
-    """Eight pods on eight GPUs, a scan each second, windows of a second."""
+    """Eight pods on eight GPUs, a scan each second, windows of a second; then with probes."""
     seen: dict[str, list[float]] = {}
     with _node() as node:
         _a_pod_on_each(node)
@@ -231,21 +231,39 @@ def steady(seconds: int) -> list[Figure]:
             for program in ("enforcer", "watcher"):
                 seen.setdefault(program, []).append(machine.resident_mib(node.pid(program)))
             before, at_s = now, now_s
+        probed = _probed(node, seconds)
     return [
         Figure("resident memory, enforcer", "MiB", seen["enforcer"], {"max": 26}),
         Figure("resident memory, watcher", "MiB", seen["watcher"], {"max": 56}),
         Figure("processor, both, nothing changing", "% of a core", seen["cpu"], {"mean": 0.4}),
+        Figure("processor, both and the probes", "% of a core", probed, {"mean": 0.5}),
         Figure("NVML writes, nothing changing", "a second", seen["writes"], {"max": 0}),
         Figure("API LISTs, nothing changing", "a second", seen["lists"], {"max": 0}),
         Figure("log lines, nothing changing", "a second", seen["lines"], {"max": 0}),
     ]
 
 
+def _probed(node: SimNode, seconds: int) -> list[float]:
+    """Percent of a core, in windows as long as the longest period of the manifest's probes."""
+    asked, samples = kubelet.probes(), []
+    window = max(probe.period_s for probe in asked)
+    for _ in range(max(1, seconds // window)):
+        before_s, began_s = _cpu_s(node), time.monotonic()
+        used_s = kubelet.play(node, asked, window)
+        used_s += _cpu_s(node) - before_s
+        samples.append(100 * used_s / (time.monotonic() - began_s))
+    return samples
+
+
+def _cpu_s(node: SimNode) -> float:
+    return sum(machine.cpu_s(node.pid(program)) for program in ("enforcer", "watcher"))
+
+
 def _reading(node: SimNode) -> dict[str, float]:
     assert isinstance(node.api, KubeApi)
     logs = (node.folder / "logs").iterdir()
     return {
-        "cpu": sum(machine.cpu_s(node.pid(program)) for program in ("enforcer", "watcher")),
+        "cpu": _cpu_s(node),
         "writes": len(node.gpus.sets()),
         "lists": node.api.count("list", resource="any"),
         "lines": sum(log.read_bytes().count(b"\n") for log in logs),

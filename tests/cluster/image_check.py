@@ -23,7 +23,7 @@ def check_configuration(build: images.Builder, image: str) -> None:
     config = docker["config"]
     assert config["User"] == "65532:65532", config["User"]
     assert config["Cmd"][-3:] == ["-I", "-m", "watcher"], config["Cmd"]
-    assert config["Healthcheck"]["Test"] == ["CMD", "powerctl", "ping"], config
+    assert config["Healthcheck"]["Test"] == ["CMD", "probe", "2"], config
     assert config["Labels"]["org.opencontainers.image.version"] == __version__, config["Labels"]
     assert not any("/etc/pip.conf" in str(step) for step in docker["history"]), docker["history"]
     _say(f"{image}: {inspected['FromImageID'][:12] or image}, as declared")

@@ -117,6 +117,7 @@ class EnforcerNode:
         self.process: subprocess.Popen[bytes] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._log, self._errors = self.folder / "log", self.folder / "errors"
+        self.output: int | None = None  # standard output from the next start on, not the log
         self._client: Client | None = None
         self._sent: m.Snapshot | None = None
 
@@ -151,7 +152,7 @@ class EnforcerNode:
                 [sys.executable, "-m", "enforcer"],
                 cwd=REPOSITORY,
                 env=environment,
-                stdout=log,
+                stdout=log if self.output is None else self.output,
                 stderr=errors,
             )
         self._processes.append(process)

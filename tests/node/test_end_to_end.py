@@ -30,6 +30,7 @@ from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
 from tests.simnode.programs import children_of, descriptors_of
 from tests.simnode.reachable import as_user, base_folder
+from tests.simnode.undrained import Undrained
 
 FOUND = 700  # an H100's factory default, in watts
 
@@ -471,6 +472,29 @@ def test_jumps_of_the_wall_clock_change_nothing(make_node: MakeNode, wall_clock:
     years_said = {entry["ts"][:4] for entry in node.log_lines()}
     this_year = datetime.now(UTC).year
     assert {str(this_year + 10), str(this_year - 60)} & years_said, "the clock was not the agent's"
+
+
+def test_where_nobody_drains_their_output_both_go_on_and_say_later_what_is_missing(
+    make_node: MakeNode,
+) -> None:
+    """The watcher may not open root's pipe again, so it goes another way there."""
+    node = make_node(start=False)
+    with Undrained() as enforcers, Undrained() as watchers:
+        outputs = {"enforcer": enforcers, "watcher": watchers}
+        for program, output in outputs.items():
+            node.programs[program].output = output.writer
+        node.start()
+        pod = node.add_pod("trainer", limit=350, gpus=[0])
+        node.wait_for_limit(0, 350)
+        for output in outputs.values():
+            output.drain()
+        node.annotate(pod, 300)
+        node.wait_for_limit(0, 300)
+        (said, *_) = enforcers.lines(bool)
+        assert (said["event"], said["count"] > 0) == ("log_lines_dropped", True)
+        node.kill_enforcer()  # which the watcher says
+        (said, *_) = watchers.lines(bool)
+        assert (said["event"], said["count"] > 0) == ("log_lines_dropped", True)
 
 
 NAMES = {

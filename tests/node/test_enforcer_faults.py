@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.simnode.undrained import Undrained
 
 A, B = pod_uid(1), pod_uid(2)
 NO_PERMISSION, GPU_IS_LOST, UNKNOWN_ERROR = 4, 15, 999
@@ -472,3 +473,24 @@ def test_i2_on_a_full_disk_what_is_owned_can_still_be_given_back(
     node.looks()
     assert node.limit() == 700
     assert node.gpu().state == "free"
+
+
+# ---------------------------------------------------------------------- standard output
+
+
+def test_a_standard_output_that_nobody_drains_costs_lines_and_no_limit() -> None:
+    """A container runtime that hangs, or a full disk behind it."""
+    with Undrained() as output, EnforcerNode() as node:
+        node.output = output.writer
+        node.start()
+        node.run_pod(A)
+        for watts in (300, 320, 310):
+            node.snapshot({A: watts})
+            node.wait_limit(watts)
+        output.drain()
+        node.snapshot({A: 400})
+        node.wait_limit(400)
+        said, *after = output.lines(lambda got: any(line.get("to_mw") == 400_000 for line in got))
+        assert (said["level"], said["event"]) == ("warning", "log_lines_dropped")
+        assert said["count"] > 3  # how it began, and each of the limits
+        assert "log_lines_dropped" not in [line["event"] for line in after]

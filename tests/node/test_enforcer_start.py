@@ -17,6 +17,7 @@ WRONG = {
     "crossing": ({"min_watts": "400", "max_watts": "300"}, "POWER_AGENT_MIN_WATTS", "400"),
     "conflict-alone": ({"conflict": "safe-default"}, "POWER_AGENT_SAFE_DEFAULT", "safe-default"),
     "lease": ({"lease": "release"}, "POWER_AGENT_LEASE", "release"),
+    "lease-short": ({"lease": "release:1"}, "POWER_AGENT_LEASE", "heartbeats"),
     "uid": ({"watcher_uid": "watcher"}, "POWER_AGENT_WATCHER_UID", "watcher"),
     "scan-zero": ({"scan_seconds": "0"}, "POWER_AGENT_SCAN_SECONDS", "0"),
     "run-dir-long": ({"run_dir": "/tmp/" + "x" * 200}, "POWER_AGENT_RUN_DIR", "xxx"),

@@ -33,6 +33,7 @@ class Program:
     ) -> None:
         self.name, self.log = name, log
         self.guardian: Guardian | None = None
+        self.output: int | None = None  # standard output from its next start on, not the log
         self.environment = dict(environment)
         self._command, self._uid = list(command), os.geteuid() if uid is None else uid
         self._process: subprocess.Popen[bytes] | None = None
@@ -75,7 +76,7 @@ class Program:
                 cwd="/",
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=out if self.output is None else self.output,
                 stderr=err,
                 start_new_session=True,  # Ctrl-C on a terminal is for the node
                 umask=0o022,

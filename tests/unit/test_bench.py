@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import machine, parts
+from tests.bench import kubelet, machine, parts
 from tests.bench.figures import Figure, percentile, table, verdict
 from tests.bench.parts import Part
 
@@ -82,6 +82,25 @@ def test_the_clock_of_a_process_runs_with_its_work_only() -> None:
 def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch, before: float, busy: bool) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 9.0, 9.0))
     assert ("busy" in machine.load(before)) is busy
+
+
+def test_the_kubelets_probes_are_those_of_the_manifest_at_its_periods() -> None:
+    asked = kubelet.probes()
+    assert len(asked) == 4, "liveness and readiness of two containers"
+    assert sum(bool(probe.path) for probe in asked) == 2
+    minute = list(kubelet.due(asked, 60))
+    assert [at_s for at_s, _ in minute] == sorted(at_s for at_s, _ in minute)
+    for probe in asked:
+        times = [at_s for at_s, each in minute if each is probe]
+        assert len(times) == 60 // probe.period_s
+        assert max(times) < 60
+
+
+def test_what_a_probe_costs_is_the_processor_time_of_its_command(tmp_path: Path) -> None:
+    idle_s = kubelet.run(["sleep", "0.3"], tmp_path)
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    busy_s = kubelet.run([sys.executable, "-c", busy], tmp_path)
+    assert idle_s < 0.3 <= busy_s
 
 
 def test_an_unknown_part_is_wrong_use_and_the_parts_are_named() -> None:

@@ -136,6 +136,7 @@ def test_the_commands_install_three_environments_that_start(tmp_path: Path) -> N
         assert __version__ in version
     assert start(opt / "bin/powerctl", "--version").startswith("0 ")
     assert start(opt / "bin/powerctl", "ping", "--socket", tmp_path).startswith("3 ")
+    assert os.access(opt / "bin/probe", os.X_OK)
     assert start(opt / "bin/supervisord", "--version").startswith("0 4.3")
     foreign = {
         "enforcer": ("kubernetes", "urllib3", "watcher", "supervisor", "pip"),

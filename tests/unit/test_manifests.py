@@ -1,5 +1,6 @@
 """The plain manifest gives each container what it needs and nothing more, field by field."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from shared import __version__
+from shared.sockets import PULSE_OLDEST_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "deploy/power_agent/daemonset.yaml"
@@ -208,7 +210,7 @@ def test_the_socket_lies_in_memory_and_the_watcher_cannot_replace_it(
 
 
 def test_probes_ask_the_programs_themselves(containers: dict[str, Object]) -> None:
-    """The watcher by http, the enforcer (no port) by powerctl."""
+    """The watcher by http, the enforcer (no port) by its pulse and, where that is old, powerctl."""
     watcher, enforcer = containers["watcher"], containers["enforcer"]
     assert watcher["ports"] == [{"name": "metrics", "containerPort": 9100, "protocol": "TCP"}]
     assert watcher["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
@@ -216,9 +218,23 @@ def test_probes_ask_the_programs_themselves(containers: dict[str, Object]) -> No
     assert watcher["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         *command, wait_s = enforcer[probe]["exec"]["command"]
-        assert command == ["powerctl", "ping", "--timeout"]
+        assert command == ["probe"]
         # Python has to start first, which takes long where all processors are taken.
         assert enforcer[probe]["timeoutSeconds"] >= int(wait_s) + 2
+
+
+def test_the_liveness_probe_has_patience_with_a_driver_that_takes_half_a_minute_to_open(
+    containers: dict[str, Object],
+) -> None:
+    """Where persistence mode is off nvmlInit takes up to 30 s and the loop stands still for it."""
+    liveness = containers["enforcer"]["livenessProbe"]
+    period_s, failures = liveness["periodSeconds"], liveness["failureThreshold"]
+    assert period_s * (failures - 1) > 30
+    found = re.search(r"^oldest_s=(\d+)", (ROOT / "deploy/probe").read_text(), re.MULTILINE)
+    assert found
+    assert int(found[1]) == PULSE_OLDEST_S
+    # And one that hangs for good is ended within a minute and a quarter.
+    assert int(found[1]) + period_s * failures + liveness["timeoutSeconds"] <= 75
 
 
 def test_both_have_memory_limits_and_no_cpu_limit(containers: dict[str, Object]) -> None:

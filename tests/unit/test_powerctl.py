@@ -42,6 +42,7 @@ from shared.messages import (
 from shared.powerctl import live, node_checks, reply_checks, tables
 from shared.powerctl.explain import explain, near
 from shared.sockets import control_path
+from tests.simnode import late_signal
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 20.0
@@ -384,6 +385,19 @@ def test_a_question_that_is_interrupted_is_not_good(
             process.send_signal(how)
             assert process.communicate(timeout=DEADLINE_S)[0] == b""
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["status", "ping", "doctor"])
+def test_a_signal_in_the_last_moment_before_a_wait_ends_it(
+    run_dir: Path, what: str, how: signal.Signals
+) -> None:
+    """The wait is longer than the test may take: what is seen only after it is lost."""
+    with responding(run_dir, lambda _request: None):
+        done = powerctl(
+            what, "--socket", run_dir, "--timeout", "3600", **late_signal.environment(how, 0.1)
+        )
+    assert (done.returncode, done.stdout) == (130, "")
 
 
 def in_shell(script: str, run_dir: Path) -> tuple[int, str, str]:
@@ -1273,6 +1287,25 @@ def test_doctor_fails_a_directory_that_others_may_write(tmp_path: Path, mode: in
 def test_doctor_fails_a_socket_that_is_none(tmp_path: Path) -> None:
     control_path(tmp_path).write_text("")
     assert [check.result for check in node_checks.sockets(tmp_path)] == ["fail", "fail"]
+
+
+@pytest.mark.parametrize(
+    ("lies_there", "result", "seen"),
+    [
+        ("      1000\n", "ok", "the loop turned 4 s ago"),
+        ("       998\n", "warn", "says 6 s ago"),
+        ("      2000\n", "warn", "says -996 s ago"),
+        ("soon", "warn", "holds no time"),
+        (None, "warn", "No such file or directory"),
+    ],
+)
+def test_doctor_sees_whether_probes_find_the_pulse(
+    tmp_path: Path, lies_there: str | None, result: str, seen: str
+) -> None:
+    if lies_there is not None:
+        (tmp_path / "pulse").write_text(lies_there)
+    check = node_checks.pulse(tmp_path, 1004.9)
+    assert (check.result, seen in check.seen) == (result, True), check.seen
 
 
 def test_doctor_judges_the_ledger(tmp_path: Path) -> None:

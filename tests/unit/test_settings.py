@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from enforcer.settings import EnforcerSettings, SafeDefault
+from enforcer.settings import LEAST_LEASE_S, EnforcerSettings, SafeDefault
 from shared.settings import CommonSettings, SettingsError, parse_settings, run_dir_from_environment
+from watcher.publisher import HEARTBEAT_S
 from watcher.settings import Address, WatcherSettings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -150,6 +151,7 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_EXIT_SECONDS", "exit_s", "20", 20.0),
     (EnforcerSettings, "POWER_AGENT_SYSFS_ROOT", "sysfs_root", "/h/sys", Path("/h/sys")),
     (EnforcerSettings, "POWER_AGENT_LEASE", "lease_s", "release:90", 90.0),
+    (EnforcerSettings, "POWER_AGENT_LEASE", "lease_s", "release:6", 6.0),
     (EnforcerSettings, "POWER_AGENT_LEASE", "lease_s", "hold", None),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", "dry_run", "true", True),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", "dry_run", "1", True),
@@ -215,7 +217,7 @@ WRONG: list[tuple[type[CommonSettings], str, list[str]]] = [
     (
         EnforcerSettings,
         "POWER_AGENT_LEASE",
-        ["release", "release:", "release:0", "90", "release:x"],
+        ["release", "release:", "release:0", "release:1", "release:5.999", "90", "release:x"],
     ),
     (EnforcerSettings, "POWER_AGENT_DRY_RUN", ["yes", "on", "2"]),
     (EnforcerSettings, "POWER_AGENT_SUPERVISED", ["yes"]),
@@ -367,3 +369,9 @@ def test_version_and_unknown_arguments() -> None:
 
 def test_logs_are_json_where_nobody_watches() -> None:
     assert run("EnforcerSettings").stdout == "json\n"
+
+
+def test_a_lease_outlives_two_lost_heartbeats_and_the_refusal_says_why() -> None:
+    assert LEAST_LEASE_S == 3 * HEARTBEAT_S
+    with pytest.raises(SettingsError, match="shorter than three of the watcher's heartbeats"):
+        parse_settings(EnforcerSettings, {"POWER_AGENT_LEASE": "release:5"})

@@ -65,20 +65,21 @@
     {{- include "power-agent.enforcerEnv" . | nindent 4 }}
   securityContext:
     {{- include "power-agent.rootSecurityContext" (dict "values" .Values "capabilities" list) | nindent 4 }}
-  # A ping takes a tenth of a second of processor time, and the node may be busy: patience.
+  # A shell looks whether the loop has turned in the last seconds; where it has not, powerctl
+  # asks, which takes a tenth of a second of processor time on a node that may be busy.
   # An hour: where another agent still holds the node's ledger, this one waits for it.
   startupProbe:
-    {{- include "power-agent.ping" . | nindent 4 }}
+    {{- include "power-agent.probe" . | nindent 4 }}
     periodSeconds: 5
     timeoutSeconds: 10
     failureThreshold: 720
   livenessProbe:
-    {{- include "power-agent.ping" . | nindent 4 }}
+    {{- include "power-agent.probe" . | nindent 4 }}
     periodSeconds: 20
     timeoutSeconds: 10
     failureThreshold: 3
   readinessProbe:
-    {{- include "power-agent.ping" . | nindent 4 }}
+    {{- include "power-agent.probe" . | nindent 4 }}
     periodSeconds: 20
     timeoutSeconds: 10
     failureThreshold: 1
@@ -128,7 +129,7 @@
     failureThreshold: 2
   {{- else }}
   readinessProbe:
-    {{- include "power-agent.ping" . | nindent 4 }}
+    {{- include "power-agent.probe" . | nindent 4 }}
     periodSeconds: 20
     timeoutSeconds: 10
     failureThreshold: 1

@@ -172,9 +172,9 @@ appArmorProfile:
 {{- end }}
 {{- end }}
 
-{{- define "power-agent.ping" -}}
+{{- define "power-agent.probe" -}}
 exec:
-  command: ["powerctl", "ping", "--timeout", "8"]
+  command: ["probe", "8"]
 {{- end }}
 
 {{- define "power-agent.rootMounts" -}}
