@@ -21,8 +21,9 @@ from enforcer.ledger import Ledger, LedgerError
 from enforcer.policy import Owned
 from tests.chaos.mishaps import NVML_CALLS, NVML_CODES
 from tests.chaos.scale import SEED, WHOLE, whole_only
-from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, named, pod_uid, wait_until
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, named, pod_uid
 from tests.simnode.node import SimNode
+from tests.waiting import HANG_S, until
 
 A, B = pod_uid(1), pod_uid(2)
 FOUND_W = (650.0, 640.0)
@@ -32,8 +33,6 @@ FOUND_W = (650.0, 640.0)
 _EACH = list(product(NVML_CALLS, NVML_CODES))
 FAILURES = _EACH if WHOLE else random.Random(SEED).sample(_EACH, 6)
 AT_A_TIME = 4
-# An NVML that is opened anew takes the others along for as long.
-BACKED_OFF_S = 15.0
 
 
 def fails_and_recovers(call: str, code: int) -> None:
@@ -57,8 +56,8 @@ def fails_and_recovers(call: str, code: int) -> None:
         assert node.limit(0) in (300, 400)
         assert node.limit(1) in (310, 410)
         node.gpus.clear_faults()
-        node.wait_limit(400, 0, BACKED_OFF_S)
-        node.wait_limit(410, 1, BACKED_OFF_S)
+        node.wait_limit(400, 0)
+        node.wait_limit(410, 1)
         assert set(node.owned().values()) == {650_000, 640_000}
         source.fault(call, error=code)
         while pids:
@@ -66,9 +65,9 @@ def fails_and_recovers(call: str, code: int) -> None:
         node.snapshot({})
         node.looks()
         node.gpus.clear_faults()
-        node.wait_limit(650, 0, BACKED_OFF_S)
-        node.wait_limit(640, 1, BACKED_OFF_S)
-        wait_until(lambda: node.owned() == {}, "the ledger is empty")
+        node.wait_limit(650, 0)
+        node.wait_limit(640, 1)
+        until(lambda: node.owned() == {}, "the ledger is empty")
         assert len(node.logs()) < 80, "a log storm"
         assert node.errors() == ""
 
@@ -98,7 +97,7 @@ def test_a_gpu_that_was_away_at_the_start_is_found_when_it_comes() -> None:
         node.run_pod(B, 1)
         node.snapshot({A: 300, B: 310})
         node.gpus[1].reappear()
-        node.wait_limit(310, 1, deadline_s=5)
+        node.wait_limit(310, 1)
 
 
 # ---- a driver call that hangs ----
@@ -125,19 +124,19 @@ def test_an_enforcer_stuck_in_the_driver_turns_ready_red_and_limits_hold(call: s
     with SimNode(gpus=2, real_api=False, settings={"POWER_AGENT_SCAN_SECONDS": "0.1"}) as node:
         pod = node.add_pod("trainer", 350, [0])
         node.wait_for_limit(0, 350)
-        node.wait_for(lambda: ready(node)[0], 10, "ready")
+        node.wait_for(lambda: ready(node)[0], "ready")
         node.gpus[0].fault(call, delay_ms=30_000)
         began_s = time.monotonic()
         node.annotate(pod, 300)
-        node.wait_for(lambda: not ready(node)[0], 10, "red")
+        node.wait_for(lambda: not ready(node)[0], "red")
         assert time.monotonic() - began_s < 8
         assert "enforcer" in ready(node)[1]
         assert node.limit_mw(0) == 350_000
         node.gpus.clear_faults()
         node.kill_enforcer()  # as the probe or supervisord's watchdog does it
         node.start_enforcer()
-        node.wait_for_limit(0, 300, deadline_s=10)
-        node.wait_for(lambda: ready(node)[0], 10, "ready again")
+        node.wait_for_limit(0, 300)
+        node.wait_for(lambda: ready(node)[0], "ready again")
 
 
 @whole_only
@@ -159,8 +158,8 @@ def test_an_enforcer_stuck_in_the_driver_is_restarted_by_the_watchdog() -> None:
                 return node.pid("enforcer") != stuck
             return False
 
-        node.wait_for(replaced, 40, "another enforcer")
-        node.wait_for_limit(0, 300, deadline_s=40)
+        node.wait_for(replaced, "another enforcer")
+        node.wait_for_limit(0, 300)
         assert node.stop() == {"supervisord": 0}
         assert node.limit_mw(0) == 700_000
 
@@ -196,11 +195,11 @@ def test_i2_on_a_slow_disk_the_first_write_waits_and_later_ones_do_not() -> None
         node.run_pod(A)
         began_s = time.monotonic()
         assert node.client.send(node.message({A: 300}))
-        wait_until(lambda: list(node.state_dir.glob("ledger.next")), "it is being written")
+        until(lambda: list(node.state_dir.glob("ledger.next")), "it is being written")
         assert node.limit() == 700
         node.wait_limit(300)
         assert time.monotonic() - began_s >= 1.4  # the file, and the directory
-        assert node.client.wait(5)  # the report
+        assert node.client.wait(HANG_S)  # the report
         began_s = time.monotonic()
         node.revision += 1
         node.snapshot({A: 310})

@@ -21,7 +21,8 @@ from shared.client import Client
 from shared.sockets import TransportError
 from tests.chaos.scale import HOSTILE_S, SEED, whole_only
 from tests.chaos.witness import SETS_A_SECOND, S
-from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
+from tests.waiting import until
 
 A, B, GONE = pod_uid(1), pod_uid(2), pod_uid(9)
 LOW_W, HIGH_W = 250, 600
@@ -148,7 +149,7 @@ def serve_after_the_attack(node: EnforcerNode) -> None:
         node.lives_for(0.2)
         return taken() == before
 
-    wait_until(quiet, "nothing is left of the attack")
+    until(quiet, "nothing is left of the attack")
     assert serve_a_correct_one(node) < SERVED_S
     node.looks(10)
     assert node.limit() == 333
@@ -228,7 +229,7 @@ def test_an_endless_multipart_message_is_bounded_in_memory_and_safe() -> None:
                 memory.append(rss_or_nothing(node))
         start_again_where_it_died(node)
         assert 300 < max(memory) < 600, max(memory)  # the bound was reached, and held
-        wait_until(lambda: answers(node), "it answers")
+        until(lambda: answers(node), "it answers")
         serve_after_the_attack(node)
         assert node.gpu().original_mw == 650_000
         node.end(pid)
@@ -283,7 +284,7 @@ def test_without_the_bound_an_endless_message_takes_what_there_is() -> None:
     with node:
         node.start()
         with attacked(node, "multipart", for_s=20):
-            wait_until(lambda: rss_mib(node.pid) > 800, "more than the bound", 30)
+            until(lambda: rss_mib(node.pid) > 800, "more than the bound")
             node.kill()
 
 
@@ -337,7 +338,7 @@ def test_everything_at_once_for_a_minute() -> None:
                 deaths += start_again_where_it_died(node)
                 time.sleep(0.02)
         start_again_where_it_died(node)
-        wait_until(lambda: answers(node), "it answers")
+        until(lambda: answers(node), "it answers")
         serve_after_the_attack(node)
         check_sets(node, 0, 3)
         assert most < 600

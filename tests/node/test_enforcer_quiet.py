@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from shared import messages as m
-from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import EnforcerNode, pod_uid
+from tests.waiting import until
 
 A, B = pod_uid(1), pod_uid(2)
 WRITE_GAP_NS = 100_000_000
@@ -79,8 +80,8 @@ def test_contradictory_snapshots_are_written_ten_times_a_second_and_the_latest_w
             node.client.wait(0.005)
         last_w = 250.0
         node.session, node.revision = "the-latest", 1
-        wait_until(lambda: node.client.send(node.message({A: last_w})), "sent")
-        node.wait_limit(last_w, deadline_s=1.0)  # by its own time, not by the next scan
+        until(lambda: node.client.send(node.message({A: last_w})), "sent")
+        node.wait_limit(last_w)  # by its own time, not by the next scan
         sets = node.gpus[0].sets()
         assert sets[0].monotonic_ns - began_ns < WRITE_GAP_NS  # the first one is immediate
         gaps = [after.monotonic_ns - before.monotonic_ns for before, after in pairwise(sets)]
@@ -95,7 +96,7 @@ def test_a_second_change_soon_after_the_first_waits_for_its_gap_not_for_the_scan
         node.snapshot({A: 300})
         assert node.limit() == 300
         node.snapshot({A: 400})
-        node.wait_limit(400, deadline_s=1.0)
+        node.wait_limit(400)
         first, second = node.gpus[0].sets()
         assert second.monotonic_ns - first.monotonic_ns > 0.8 * WRITE_GAP_NS
 
@@ -106,7 +107,7 @@ def test_i11_the_pace_is_each_gpus_own() -> None:
         node.run_pod(A, 0)
         node.run_pod(B, 1)
         node.snapshot({A: 300, B: 300})
-        wait_until(lambda: node.gpus[0].sets() and node.gpus[1].sets(), "both are set")
+        until(lambda: node.gpus[0].sets() and node.gpus[1].sets(), "both are set")
         between = node.gpus[0].sets()[0].monotonic_ns - node.gpus[1].sets()[0].monotonic_ns
         assert abs(between) < WRITE_GAP_NS
 
@@ -128,7 +129,7 @@ def test_nvml_is_let_go_when_nothing_is_desired_and_taken_again_when_something_i
     node.end(pid)
     node.snapshot({})
     node.wait_limit(700)
-    wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
+    until(lambda: not node.gpus.open_by(), "NVML is let go")
     node.snapshot({}, others=[B])
     assert node.gpus.open_by() == set()
     pid = node.run_pod(A)
@@ -144,7 +145,7 @@ def test_a_wish_that_is_withdrawn_while_its_write_waits_leaves_nothing_behind(
 ) -> None:
     """Given back, wanted again and not wanted any more, all within the gap between two writes."""
     node = unasked
-    wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
+    until(lambda: not node.gpus.open_by(), "NVML is let go")
     node.run_pod(A)
     node.snapshot({A: 300})
     node.snapshot({}, others=[A])
@@ -160,7 +161,7 @@ def test_a_wish_that_is_withdrawn_while_its_write_waits_leaves_nothing_behind(
         replies = node.client.wait(0.1)
         return any(isinstance(r, m.Report) and r.revision == node.revision for r in replies)
 
-    wait_until(answered, "the last snapshot is answered", deadline_s=3)
+    until(answered, "the last snapshot is answered")
     cpu_s = node.cpu_s()
     for _ in range(5):
         node.send(withdrawn)
@@ -172,7 +173,7 @@ def test_a_wish_that_is_withdrawn_while_its_write_waits_leaves_nothing_behind(
 def test_i12_what_was_said_of_a_gpu_ends_with_its_pod_though_nobody_asks() -> None:
     with EnforcerNode(gpus=1, max_watts="100") as node:  # bounds that leave nothing
         node.start()
-        wait_until(lambda: not node.gpus.open_by(), "NVML is let go")
+        until(lambda: not node.gpus.open_by(), "NVML is let go")
         pid = node.run_pod(A)
         (said,) = node.snapshot({A: 300}).gpus
         assert said.state == "failed"
@@ -182,7 +183,7 @@ def test_i12_what_was_said_of_a_gpu_ends_with_its_pod_though_nobody_asks() -> No
 
 
 def test_a_question_opens_nvml_and_the_answer_shows_the_gpus(unasked: EnforcerNode) -> None:
-    wait_until(lambda: not unasked.gpus.open_by(), "NVML is let go")
+    until(lambda: not unasked.gpus.open_by(), "NVML is let go")
     unasked.gpus[0].limit_mw = 600_000
     shown = unasked.gpu()
     assert (shown.limit_mw, shown.state) == (600_000, "free")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from shared import messages as m
-from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import EnforcerNode, pod_uid
+from tests.waiting import until
 
 A, B = pod_uid(1), pod_uid(2)
 UNKNOWN = 999
@@ -68,7 +69,7 @@ def test_i1_a_silent_watcher_is_no_reason_to_write_to_a_strangers_gpu() -> None:
         node.start()
         pid = node.run_pod(A)
         node.snapshot({A: 300})
-        wait_until(lambda: not node.status().watcher.connected, "silence", 15)
+        until(lambda: not node.status().watcher.connected, "silence")
         node.end(pid)
         node.run_host(0)
         node.wait_state("held")
@@ -116,7 +117,7 @@ def test_a_report_on_the_snapshot_that_ends_a_lease_is_of_after_it_was_acted_on(
         node.run_pod(A)
         node.snapshot({A: 300})
         assert node.limit() == 300
-        wait_until(lambda: node.limit() == 700, "lease", 12)
+        until(lambda: node.limit() == 700, "lease")
         began = time.monotonic()
         report = node.heartbeat()  # the watcher is back and repeats what it wants
         assert report.pods[0].state == "enforced", report.pods[0].reason
@@ -133,7 +134,7 @@ def test_i4_silence_raises_nothing_after_a_release_that_was_refused() -> None:
         node.end(pid)
         node.snapshot({B: 500})  # A is gone: given back, which the board refuses
         node.wait_state("failed")
-        wait_until(lambda: not node.status().watcher.connected, "silence", 15)
+        until(lambda: not node.status().watcher.connected, "silence")
         node.gpus[0].clear_faults()
         node.looks()
         assert node.limit() == 300
@@ -151,7 +152,7 @@ def test_i10_questions_about_a_held_gpu_are_no_log_lines() -> None:
         node.wait_state("held")
         lines = len(node.logs("gpu_state"))
         shut = len(node.gpus.inits())
-        wait_until(lambda: len(node.gpus.inits()) > shut, "NVML is let go", 10)
+        until(lambda: len(node.gpus.inits()) > shut, "NVML is let go")
         node.status()  # a dashboard that asks now and then
         node.looks()
         assert len(node.logs("gpu_state")) == lines

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.enforcer_harness import wait_until
 from tests.node.watcher_harness import WatcherNode
 from tests.simnode.controlplane_certs import make_certificates
 from tests.simnode.kubeapi import KubeApi
+from tests.waiting import ended, until
 
 pytestmark = [
     pytest.mark.root,
@@ -131,7 +131,7 @@ def test_a_server_of_another_authority_is_told_nothing(node: WatcherNode, tmp_pa
     other = make_certificates(tmp_path / "other")
     shutil.copy(other.ca, account(tmp_path) / "ca.crt")
     start(node, tmp_path)
-    wait_until(lambda: node.logs("kubernetes_failing"), "the refusal")
+    until(lambda: node.logs("kubernetes_failing"), "the refusal")
     assert "CERTIFICATE_VERIFY_FAILED" in node.logs("kubernetes_failing")[0]["message"]
     assert node.api.count() == 0
     assert node.sent() == []
@@ -141,7 +141,7 @@ def test_without_a_token_it_says_what_to_do(node: WatcherNode, tmp_path: Path) -
     (account(tmp_path) / "token").unlink()
     start(node, tmp_path)
     assert node.process
-    assert node.process.wait(10) == 2
+    assert ended(node.process) == 2
     (line,) = node.errors.splitlines()
     assert "token" in line
     assert "KUBECONFIG is not set" in line

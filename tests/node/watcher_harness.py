@@ -20,10 +20,11 @@ from typing import Any, Self
 
 from enforcer.server import Server
 from shared import messages as m
-from tests.node.enforcer_harness import REPOSITORY, wait_until
+from tests.node.enforcer_harness import REPOSITORY
 from tests.simnode import exposition
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.kubeapi import KubeApi
+from tests.waiting import until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE = "gpu-node"
@@ -151,7 +152,7 @@ class WatcherNode:
     def started(self) -> Self:
         """Start the watcher and wait until its watch is open."""
         self.start()
-        wait_until(lambda: self.api.open_watches == 1, "the watch")
+        until(lambda: self.api.open_watches == 1, "the watch")
         return self
 
     def stop(self, number: int = signal.SIGTERM, within_s: float = 1.0) -> int:
@@ -182,7 +183,7 @@ class WatcherNode:
 
     def wait_for(self, **wishes: int | None) -> m.Snapshot:
         """Wait until exactly these wishes (milliwatts) are the newest; return that snapshot."""
-        wait_until(lambda: self.wishes() == wishes, f"the wishes {wishes}")
+        until(lambda: self.wishes() == wishes, f"the wishes {wishes}")
         return self.sent()[-1]
 
     def logs(self, event: str | None = None) -> list[dict[str, Any]]:
@@ -210,13 +211,6 @@ class WatcherNode:
         """The value of one sample, None where it, or the whole page, is not there."""
         status, text = self.page("/metrics")
         return exposition.value(text, name, **labels) if status == 200 else None
-
-    def stays(self, condition: Callable[[], object], for_s: float) -> None:
-        """Fail as soon as the condition does not hold, up to `for_s` from now."""
-        end_s = time.monotonic() + for_s
-        while time.monotonic() < end_s:
-            assert condition()
-            time.sleep(0.01)
 
     @contextlib.contextmanager
     def outage(self) -> Any:  # noqa: ANN401

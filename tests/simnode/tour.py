@@ -15,13 +15,13 @@ from shared.powerctl.ask import UnreachableError
 from shared.units import format_watts
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.gpus import DRIVER_VERSION
-from tests.simnode.node import ANNOTATION, NotInTimeError, Pod, SimNode
+from tests.simnode.node import ANNOTATION, Pod, SimNode
+from tests.waiting import HANG_S, NotInTimeError
 
 GPUS, MODEL = 4, "H100"
 # Drift is noticed when limits are read back; every 15 s by default is long for a tour.
 SETTINGS = {"POWER_AGENT_RECONCILE_SECONDS": "1"}
 _WIDTH = 76
-_DEADLINE_S = 10.0
 _PAUSE_S = 0.3
 
 
@@ -222,11 +222,11 @@ class Tour:
     ) -> None:
         self.checks += 1
         try:
-            self._node.wait_for(condition, _DEADLINE_S, what)
+            self._node.wait_for(condition, what, HANG_S)
         except NotInTimeError as error:
             self.failures += 1
             self.first_failure = self.first_failure or str(error)
-            self._paper.result(False, f"{what}: not within {_DEADLINE_S:g} s")
+            self._paper.result(False, f"{what}: not within {HANG_S:g} s")
         else:
             self._paper.result(True, what, took_ms())
 

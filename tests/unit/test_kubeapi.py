@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -26,6 +26,7 @@ from tests.simnode.kubeapi.representation import choose
 from tests.simnode.kubeapi.resources import RESOURCES
 from tests.simnode.kubeapi.store import Store
 from tests.simnode.kubeapi.watch import Watch, WatchOptions
+from tests.waiting import ended, until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 META_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -45,13 +46,6 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kube
 def api() -> Iterator[KubeApi]:
     with KubeApi() as api:
         yield api
-
-
-def eventually(true: Callable[[], object], deadline_s: float = 5.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not true():
-        assert time.monotonic() < end, "did not become true in time"
-        time.sleep(0.005)
 
 
 # ------------------------------------------------------------------------------------ clients
@@ -247,13 +241,13 @@ def test_kubectl_watch_shows_each_change(api: KubeApi, kubectl: Kubectl) -> None
 
         assert row()[:2] == ["EVENT", "NAME"]
         assert row()[:2] == ["ADDED", "a"]
-        eventually(lambda: api.open_watches == 1)
+        until(lambda: api.open_watches == 1, "the watch")
         api.annotate("default", "a", KEY, "300")
         assert row()[:4] == ["MODIFIED", "a", "1/1", "Running"]
         api.delete_pod("default", "a")
         assert row()[:4] == ["MODIFIED", "a", "1/1", "Terminating"]
         assert row()[:2] == ["DELETED", "a"]
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 @needs_kubectl
@@ -262,14 +256,14 @@ def test_kubectl_delete_waits_until_the_kubelet_is_done(api: KubeApi, kubectl: K
     api.deletion_hooks.append(told.append)
     uid = api.create_pod("a", node="node-a")["metadata"]["uid"]
     with kubectl.started("delete", "pod", "a") as deleting:
-        eventually(lambda: api.count("watch") == 1)  # kubectl waits
+        until(lambda: api.count("watch") == 1, "the watch")  # kubectl waits
         assert [pod["metadata"]["deletionGracePeriodSeconds"] for pod in told] == [30]
         assert kubectl("get", "pods").splitlines()[1].split()[2] == "Terminating"
         assert deleting.poll() is None
         api.finish_deletion("default", "a", uid="another-uid")
         assert api.get_pod("default", "a") is not None
         api.finish_deletion("default", "a", uid=uid)
-        assert deleting.wait(10) == 0
+        assert ended(deleting) == 0
     assert api.get_pod("default", "a") is None
     api.create_pod("b", node="node-a")
     kubectl("delete", "pod", "b", "--grace-period=0", "--force")
@@ -412,7 +406,7 @@ def test_the_official_client_lists_and_watches(api: KubeApi, tmp_path: Path) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == f"a {{'{KEY}': '300'}}\n"
-        eventually(lambda: api.open_watches == 1)
+        until(lambda: api.open_watches == 1, "the watch")
         api.annotate("default", "a", KEY, "310")
         event = json.loads(client.stdout.readline())
         assert event["object"]["metadata"]["annotations"] == {KEY: "310"}
@@ -662,7 +656,7 @@ def test_the_server_ends_a_watch_cleanly_after_its_time(api: KubeApi) -> None:
         assert 0.9 < time.monotonic() - started < 2
         watch.socket.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert watch.file.readline().startswith(b"HTTP/1.1 200")
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 INITIAL = "sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true"
@@ -721,8 +715,8 @@ def test_a_new_server_marks_the_end_of_the_beginning_unasked(api: KubeApi) -> No
 
 def test_a_client_that_hangs_up_is_noticed(api: KubeApi) -> None:
     with RawWatch(api, from_now(api)):
-        eventually(lambda: api.open_watches == 1)
-    eventually(lambda: api.open_watches == 0)
+        until(lambda: api.open_watches == 1, "the watch")
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 def test_a_watcher_that_does_not_read_delays_nobody(api: KubeApi) -> None:
@@ -905,12 +899,12 @@ def test_watches_are_cut_cleanly_or_in_the_middle_of_a_line(api: KubeApi) -> Non
         assert api.cut_watches() == 1
         assert watch.chunk() is None
         assert watch.file.read() == b""
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
     with RawWatch(api, from_now(api)) as watch:
         assert api.cut_watches(mid_line=True) == 1
         with pytest.raises(EOFError):
             watch.chunk()
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 def test_open_watches_can_expire(api: KubeApi) -> None:

@@ -25,6 +25,7 @@ import yaml
 from shared.settings import SettingsError
 from tests.simnode.controlplane_certs import Certificates, make_certificates
 from tests.simnode.kubeapi import KubeApi
+from tests.waiting import joined
 from watcher import kube
 from watcher.kube import Api, ApiError
 
@@ -589,7 +590,7 @@ class Script(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
-        self.join(5)
+        joined(self)
 
 
 def plain(folder: Path, port: int) -> Path:
