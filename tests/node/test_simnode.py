@@ -214,7 +214,7 @@ def test_both_cgroup_drivers_in_both_places(
 def test_what_is_waited_for_in_vain_is_explained(node: SimNode) -> None:
     node.add_pod("trainer", limit=350, gpus=[0])
     with pytest.raises(AssertionError) as caught:
-        node.wait_for_limit(0, 123)
+        node.wait_for_limit(0, 123, deadline_s=0.5)
     for part in ("GPU 0 at 123 W", "hardware:", "default/trainer", "limit_set"):
         assert part in str(caught.value)
 

@@ -111,7 +111,7 @@ class Tour:
 
     def _shares_a_gpu(self, trainer: Pod) -> None:
         self._node.annotate(trainer, 400)
-        self._node.wait_for_limit(1, 400)
+        self._node.wait_for_limit(1, 400, HANG_S)
         self._step(
             "A second pod on GPU 1 asks for less: the lower limit holds",
             "kubectl apply -f batch.yaml   # annotated with 300",
@@ -179,7 +179,7 @@ class Tour:
 
     def _stops(self) -> None:
         server = self._node.add_pod("server", limit=500, gpus=[2])
-        self._node.wait_for_limit(2, 500)
+        self._node.wait_for_limit(2, 500, HANG_S)
         self._step("End the agent while a pod has a limit", "kubectl delete ds power-agent")
         since = time.monotonic_ns()
         statuses = self._node.stop()
