@@ -157,7 +157,7 @@ class Leg:
 
     def _count_snapshots(self) -> None:
         with contextlib.suppress(UnreachableError):
-            counters = self.node.status().counters
+            counters = self.node.status(2.0).counters
             self._tally.seen["snapshots taken, at least"] += counters.snapshots
             self._tally.seen["messages refused, at least"] += counters.malformed
 

@@ -21,7 +21,7 @@ FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="real cgroups need root"),
-    pytest.mark.timeout(60 + 4 * HOSTILE_S),
+    pytest.mark.timeout(180 + 4 * HOSTILE_S),
 ]
 
 # Forks as fast as it can, in a cgroup that it was put into, and has its children on a GPU's list:
@@ -70,6 +70,8 @@ def flooded(node: SimNode, pod: Pod, gpu: SimGpu, *living: int) -> Iterator[list
         assert flood.stdin is not None
         flood.stdin.write("go\n")
         flood.stdin.flush()
+        assert flood.stdout is not None
+        flood.stdout.readline()  # the first processes are on the list
         yield counts
     finally:
         flood.kill()
@@ -168,11 +170,10 @@ def test_a_process_that_changes_its_cgroup_all_the_time(node: SimNode) -> None:
     worker = node.workers.in_cgroup(own, [node.gpus[1]])
     places = [f"{own}/kubepods/burstable/pod{victim.uid}/{name}" for name in "ab"]
     end_s, moves = time.monotonic() + HOSTILE_S / 2, 0
-    while time.monotonic() < end_s:
+    while time.monotonic() < end_s or moves <= 50:
         for place in places:
             node.place.put(worker.pid, place)
             moves += 1
         assert node.limit_mw(1) == 700_000
     node.place.put(worker.pid, own)
-    assert moves > 50
     assert {record.uuid for record in node.gpus.sets()} == {node.gpus[0].uuid}

@@ -19,16 +19,16 @@ import pytest
 from shared import messages as m
 from shared.client import Client
 from shared.sockets import TransportError
-from tests.chaos.scale import HOSTILE_S, SEED, whole_only
+from tests.chaos.scale import HOSTILE_S, SEED, WHOLE, whole_only
 from tests.chaos.witness import SETS_A_SECOND, S
 from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 
 A, B, GONE = pod_uid(1), pod_uid(2), pod_uid(9)
 LOW_W, HIGH_W = 250, 600
 WATCHER = 40_001 if os.geteuid() == 0 else os.geteuid()
 RSS_MIB = 96  # idle it has 30; what queues may hold is bounded by credit and by their lengths
-SERVED_S = 1.0
+SERVED_S = 1.0 if WHOLE else HANG_S  # a short run measures nothing
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def attacked(node: EnforcerNode, *attacks: str, for_s: float) -> Iterator[list[i
     try:
         yield sent
         for attacker in attackers:
-            told, _ = attacker.communicate(timeout=for_s + 20)
+            told, _ = attacker.communicate(timeout=for_s + HANG_S)
             sent.append(int(told))
     finally:
         for attacker in attackers:
@@ -115,7 +115,7 @@ one = m.DesiredPod(uid=pod, aliases=[], namespace="d", name="p", limit_mw=333000
 began = time.monotonic()
 client = Client(run_dir)
 wish = m.Snapshot(session=session, revision=1, node="n", pods=[one], others=[])
-reply = client.request(wish, 10)
+reply = client.request(wish, 60)
 print(type(reply).__name__, time.monotonic() - began)
 client.close()
 """
@@ -166,7 +166,7 @@ def test_storms_of_contradictory_snapshots() -> None:
             reader = Client(node.run_dir)
             try:
                 memory = watch(node, HOSTILE_S / 2)
-                assert isinstance(reader.request(m.Ping(), 2.0), m.Pong)  # a probe gets through
+                assert isinstance(reader.request(m.Ping(), HANG_S), m.Pong)  # a probe gets through
                 memory += watch(node, HOSTILE_S / 2)
             finally:
                 reader.close()
@@ -208,7 +208,6 @@ def test_below_the_messages(attack: str) -> None:
         print(f"{sum(sent)} connections, at most {max(memory):.0f} MiB")
 
 
-@pytest.mark.timeout(120)
 def test_an_endless_multipart_message_is_bounded_in_memory_and_safe() -> None:
     """libzmq keeps all of it. Where RLIMIT_DATA ends that, it drops the connection or dies.
 
@@ -299,19 +298,19 @@ def test_the_newest_session_wins_and_that_is_logged() -> None:
         try:
             node.session, mine = "rival", node.session
             wish = node.message({A: 400})
-            assert isinstance(rival.request(wish, 2), m.Report)
+            assert isinstance(rival.request(wish, HANG_S), m.Report)
             node.wait_limit(400)
             taken = node.logs("watcher_session")
             assert [(t["session"], t["replaces"]) for t in taken] == [("rival", mine)]
             node.session = mine
             node.revision += 1
-            refused = real.request(node.message({A: 310}), 2)
+            refused = real.request(node.message({A: 310}), HANG_S)
             assert isinstance(refused, m.Error)
             assert refused.code == "stale"
             node.looks()
             assert node.limit() == 400
             assert node.status().watcher.session == "rival"
-            assert isinstance(rival.request(wish, 2), m.Report)  # undisturbed
+            assert isinstance(rival.request(wish, HANG_S), m.Report)  # undisturbed
             assert len(node.logs("watcher_session")) == 1
             node.session, node.revision = "newer", 0  # as after a restart of the real one
             node.snapshot({A: 310})
@@ -321,7 +320,7 @@ def test_the_newest_session_wins_and_that_is_logged() -> None:
 
 
 @whole_only
-@pytest.mark.timeout(60 + 2 * HOSTILE_S)
+@pytest.mark.timeout(180 + 2 * HOSTILE_S)
 def test_everything_at_once_for_a_minute() -> None:
     """The enforcer may die (of the endless message, bounded) and is started again each time."""
     with a_node() as node:

@@ -14,10 +14,11 @@ from tests.chaos.life import Life
 from tests.chaos.outside import BOUNDS, Outside
 from tests.chaos.scale import ROUNDS, SEED
 from tests.simnode.node import SimNode
+from tests.waiting import HANG_S
 
 FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5", **BOUNDS}
-# supervisord waits longer and longer for a program that is killed again and again
-SETTLED_S = 60.0
+# Supervisord waits longer and longer for a program that is killed again and again.
+SETTLED_S = 2 * HANG_S
 PROGRAMS = ["enforcer", "watcher"]
 
 

@@ -193,11 +193,6 @@ class EnforcerNode:
             return
         raise AssertionError(f"the enforcer ended with status {status}")
 
-    def cpu_s(self) -> float:
-        """CPU time that the enforcer has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     # -- what it says --
 
     def errors(self) -> str:

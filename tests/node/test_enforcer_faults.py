@@ -137,16 +137,11 @@ def test_a_gpu_that_is_lost_while_it_is_taken_is_no_busy_loop() -> None:
         assert node.limit(1) == 300
         node.wait_state("lost")
         assert node.writes(node.gpus[0]) == 0
-        assert waited(node, 1.5)
+        node.lives_for(1.5)
+        assert node.writes(node.gpus[0]) == 0
+        assert len(node.logs()) < 20
         node.gpus[0].clear_faults()
         node.wait_limit(300)
-
-
-def waited(node: EnforcerNode, span_s: float, share: float = 0.3) -> bool:
-    """Let `span_s` pass; False where the enforcer used much CPU: a busy loop would use all."""
-    before_s = node.cpu_s()
-    node.lives_for(span_s)
-    return node.cpu_s() - before_s < share * span_s
 
 
 def test_set_refused_is_said_once_with_the_remedy_and_tried_again() -> None:
@@ -198,17 +193,17 @@ def test_a_refused_first_set_that_succeeds_later_is_counted_as_the_first() -> No
         assert node.gpu().writes == {"acquire": 1}
 
 
-def test_a_refused_set_backs_off_and_is_no_busy_loop() -> None:
-    with EnforcerNode(scan_seconds="20", reconcile_seconds="20") as node:
+def test_a_refused_set_is_tried_again_by_itself() -> None:
+    with EnforcerNode(scan_seconds="3600", reconcile_seconds="3600") as node:
         node.start()
         node.run_pod(A)
         node.gpus[0].fault(SET, error=NO_PERMISSION, count=1)
         node.snapshot({A: 300})
         assert node.gpu().state == "failed"
-        assert waited(node, 0.7)
         assert node.writes() == 1
-        # The pause ends by itself, not with the next scan in twenty seconds.
+        # The pause ends by itself, not with the next scan in an hour.
         node.wait_limit(300)
+        assert node.writes() == 2
 
 
 def test_a_set_refused_for_one_value_does_not_delay_another() -> None:

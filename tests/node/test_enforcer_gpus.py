@@ -29,7 +29,7 @@ def test_i11_a_missing_gpu_delays_no_question_and_no_new_pod_on_an_idle_node() -
         assert node.gpu(0).limit_mw == 700_000  # the next search is seconds away
         node.run_pod(A, 0)
         node.snapshot({A: 300})
-        node.wait_limit(300, 0)
+        assert node.limit(0) == 300  # at once
 
 
 def in_three_seconds(node: EnforcerNode) -> tuple[int, int]:
@@ -186,7 +186,6 @@ def test_i11_a_waiting_pod_does_not_cost_another_its_gpu() -> None:
         assert node.limit() == 250, (gpu.state, gpu.reason)
 
 
-@pytest.mark.timeout(60)
 def test_i11_a_gpu_that_is_gone_for_good_does_not_keep_another_from_coming_back() -> None:
     with EnforcerNode() as node:
         node.start()
@@ -205,7 +204,7 @@ def test_i11_a_gpu_that_is_gone_for_good_does_not_keep_another_from_coming_back(
 
 
 def test_i12_a_gpu_that_is_found_amid_two_scans_is_looked_at() -> None:
-    with EnforcerNode(scan_seconds="30") as node:
+    with EnforcerNode(scan_seconds="3600") as node:
         node.start()
         node.run_pod(A, 0, 1)
         node.gpus[1].vanish()

@@ -68,7 +68,7 @@ def test_another_pod_that_asks_for_the_same_is_entered_and_nothing_is_written() 
 
 
 def test_a_first_gpu_process_of_a_waiting_pod_is_found_soon() -> None:
-    with EnforcerNode(scan_seconds="30", reconcile_seconds="30") as node:
+    with EnforcerNode(scan_seconds="3600", reconcile_seconds="3600") as node:
         node.start()
         assert node.snapshot({A: 300}).pods[0].state == "waiting"
         node.run_pod(A)
@@ -286,8 +286,12 @@ def test_decisions_are_published_as_they_happen() -> None:
             node.end(pid)
             node.snapshot({})
             kinds: list[type] = []
-            while (event := listener.receive(0.5)) is not None:
-                kinds.append(type(event))
+
+            def released() -> bool:
+                kinds.append(type(listener.receive(0.5)))
+                return m.LimitReleased in kinds
+
+            until(released, "the release", explain=lambda: kinds)
             assert kinds.index(m.LimitSet) < kinds.index(m.LimitReleased)
             assert m.SnapshotAccepted in kinds
         finally:

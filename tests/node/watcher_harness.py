@@ -24,11 +24,13 @@ from tests.node.enforcer_harness import REPOSITORY
 from tests.simnode import exposition
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.kubeapi import KubeApi
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE = "gpu-node"
 _WAIT_S = 0.05
+# Sooner than anything that the watcher itself waits for, and than a kubelet that kills after 30 s.
+_STOPPED_S = 15.0
 _Answer = Callable[[m.Snapshot], m.Reply]
 
 
@@ -155,11 +157,11 @@ class WatcherNode:
         until(lambda: self.api.open_watches == 1, "the watch")
         return self
 
-    def stop(self, number: int = signal.SIGTERM, within_s: float = 1.0) -> int:
+    def stop(self, number: int = signal.SIGTERM) -> int:
         """Send that signal; return the exit status, which must come in time."""
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(within_s)
+        return self.process.wait(_STOPPED_S)
 
     def pod(self, name: str, limit: str | None = None, **more: Any) -> str:  # noqa: ANN401
         """Make a pod of this node; return its uid."""
@@ -199,7 +201,9 @@ class WatcherNode:
     def page(self, path: str) -> tuple[int, str]:
         """(status, text) of a page; status 0 where nobody answers."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.port}{path}", timeout=HANG_S
+            ) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:

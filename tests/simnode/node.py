@@ -232,7 +232,7 @@ class SimNode:
     def kill_watcher(self) -> int:
         return self.kill("watcher")
 
-    def status(self, timeout_s: float = 2.0) -> StatusReply:
+    def status(self, timeout_s: float = HANG_S) -> StatusReply:
         """As `powerctl status` gets it; raises UnreachableError."""
         return ask(self.run_dir, Status(), StatusReply, timeout_s)
 

@@ -269,7 +269,7 @@ class Tour:
 
     def _pods(self) -> Sequence[PodStatus]:
         with contextlib.suppress(UnreachableError):
-            return self._node.status().pods
+            return self._node.status(2.0).pods
         return ()
 
     def _sees(self, pod: Pod) -> bool:
@@ -285,7 +285,7 @@ class Tour:
 
     def _gpus(self) -> Sequence[GpuStatus]:
         with contextlib.suppress(UnreachableError):
-            return self._node.status().gpus
+            return self._node.status(2.0).gpus
         return ()
 
     def _originals(self) -> dict[str, int | None]:

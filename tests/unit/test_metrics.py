@@ -16,7 +16,7 @@ from shared import __version__
 from shared import messages as m
 from shared.settings import SettingsError
 from tests.simnode.exposition import Family, read
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 from watcher import health, metrics
 from watcher.metrics import Counts, Link
 from watcher.settings import Address
@@ -291,7 +291,7 @@ def end(server: health.Server) -> None:
 
 def ask(server: health.Server, path: str, method: str = "GET") -> tuple[int, str, str]:
     """Ask from 127.0.0.1, the address of the kubelet here."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANG_S)
     with contextlib.closing(connection):
         connection.request(method, path)
         answer = connection.getresponse()
