@@ -7,8 +7,6 @@ import random
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -103,18 +101,6 @@ def test_a_gpu_that_was_away_at_the_start_is_found_when_it_comes() -> None:
 # ---- a driver call that hangs ----
 
 
-def ready(node: SimNode) -> tuple[bool, str]:
-    url = f"http://127.0.0.1:{node.metrics_port}/readyz"
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return True, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return False, error.read().decode()
-    except OSError as error:
-        return False, str(error)
-
-
 HUNG_CALLS = ["nvmlDeviceSetPowerManagementLimit", "nvmlDeviceGetComputeRunningProcesses"]
 
 
@@ -124,19 +110,19 @@ def test_an_enforcer_stuck_in_the_driver_turns_ready_red_and_limits_hold(call: s
     with SimNode(gpus=2, real_api=False, settings={"POWER_AGENT_SCAN_SECONDS": "0.1"}) as node:
         pod = node.add_pod("trainer", 350, [0])
         node.wait_for_limit(0, 350)
-        node.wait_for(lambda: ready(node)[0], "ready")
+        node.wait_for(lambda: node.page("/readyz")[0] == 200, "ready")
         node.gpus[0].fault(call, delay_ms=30_000)
         began_s = time.monotonic()
         node.annotate(pod, 300)
-        node.wait_for(lambda: not ready(node)[0], "red")
+        node.wait_for(lambda: node.page("/readyz")[0] == 503, "red")
         assert time.monotonic() - began_s < 8
-        assert "enforcer" in ready(node)[1]
+        assert "enforcer" in node.page("/readyz")[1]
         assert node.limit_mw(0) == 350_000
         node.gpus.clear_faults()
         node.kill_enforcer()  # as the probe or supervisord's watchdog does it
         node.start_enforcer()
         node.wait_for_limit(0, 300)
-        node.wait_for(lambda: ready(node)[0], "ready again")
+        node.wait_for(lambda: node.page("/readyz")[0] == 200, "ready again")
 
 
 @whole_only

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.machine import cpu_s
 from tests.chaos.scale import HOSTILE_S
 from tests.simnode.gpus import SimGpu
-from tests.simnode.node import Pod, SimNode
+from tests.simnode.node import FAST, Pod, SimNode
 from tests.simnode.workloads import RealCgroups, pod_cgroup
 
-FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5"}
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="real cgroups need root"),
@@ -78,11 +78,6 @@ def flooded(node: SimNode, pod: Pod, gpu: SimGpu, *living: int) -> Iterator[list
         told, _ = flood.communicate()
         node.place.clear(flood.pid, place)
         counts.append(int(told.split()[-1]) if told else 0)
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_flood_of_short_lived_processes(node: SimNode) -> None:

@@ -12,13 +12,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 
 from shared import messages as m
 from shared.client import Client
 from shared.sockets import TransportError
+from tests.bench.machine import resident_mib
 from tests.chaos.scale import HOSTILE_S, SEED, WHOLE, whole_only
 from tests.chaos.witness import SETS_A_SECOND, S
 from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
@@ -56,11 +56,6 @@ def attacked(node: EnforcerNode, *attacks: str, for_s: float) -> Iterator[list[i
             attacker.communicate()
 
 
-def rss_mib(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def a_node(**settings: str) -> EnforcerNode:
     """GPUs of pod A, of the host, idle, of a pod that is gone. The host's limits are as found."""
     node = EnforcerNode(
@@ -81,7 +76,7 @@ def watch(node: EnforcerNode, for_s: float) -> list[float]:
     end_s = time.monotonic() + for_s
     while time.monotonic() < end_s:
         node.lives_for(0.1)
-        found.append(rss_mib(node.pid))
+        found.append(resident_mib(node.pid))
     return found
 
 
@@ -161,7 +156,7 @@ def test_storms_of_contradictory_snapshots() -> None:
         node.run_pod(A, 0)
         node.run_host(1)
         node.run_pod(GONE, 3)  # the attacker may ask for it too: it runs here
-        calm_mib = rss_mib(node.pid)
+        calm_mib = resident_mib(node.pid)
         with attacked(node, "snapshots", "garbage", for_s=HOSTILE_S) as sent:
             reader = Client(node.run_dir)
             try:
@@ -248,8 +243,8 @@ def start_again_where_it_died(node: EnforcerNode) -> bool:
 
 
 def rss_or_nothing(node: EnforcerNode) -> float:
-    with suppress(FileNotFoundError, ProcessLookupError, IndexError):
-        return rss_mib(node.pid)
+    with suppress(FileNotFoundError, ProcessLookupError, LookupError):
+        return resident_mib(node.pid)
     return 0.0
 
 
@@ -283,7 +278,7 @@ def test_without_the_bound_an_endless_message_takes_what_there_is() -> None:
     with node:
         node.start()
         with attacked(node, "multipart", for_s=20):
-            until(lambda: rss_mib(node.pid) > 800, "more than the bound")
+            until(lambda: resident_mib(node.pid) > 800, "more than the bound")
             node.kill()
 
 

@@ -10,7 +10,6 @@ import json
 import re
 import secrets
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tests.simnode import exposition
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_rest import Object
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, MANIFEST, Pod
-from tests.waiting import HANG_S
 from watcher.events import RULE
 
 pytestmark = pytest.mark.kube
@@ -35,9 +33,7 @@ RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 def metric(node: KubeNode, name: str, **labels: str) -> float | None:
     """A sample of the watcher's /metrics, None where there is none."""
-    url = f"http://127.0.0.1:{node.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=HANG_S) as answer:
-        return exposition.value(answer.read().decode(), name, **labels)
+    return exposition.value(node.page("/metrics")[1], name, **labels)
 
 
 def logged(node: KubeNode, event: str) -> list[str]:

@@ -11,7 +11,6 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import zmq
@@ -20,15 +19,12 @@ from shared import messages as m
 from shared.client import Client
 from shared.sockets import TransportError, control_path
 from tests.simnode.gpus import Kind, SimGpu, SimGpus
+from tests.simnode.node import FAST as SIM_FAST
 from tests.waiting import HANG_S, ended, until
 
 REPOSITORY = Path(__file__).parents[2]
 CONTAINER = "3fa9" * 16
-FAST = {
-    "POWER_AGENT_SCAN_SECONDS": "0.1",
-    "POWER_AGENT_RECONCILE_SECONDS": "0.3",
-    "POWER_AGENT_EXIT_SECONDS": "2",
-}
+FAST = {**SIM_FAST, "POWER_AGENT_EXIT_SECONDS": "2"}
 
 
 def pod_uid(number: int) -> str:
@@ -107,12 +103,7 @@ class EnforcerNode:
     def __enter__(self) -> EnforcerNode:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._client is not None:
             self._client.close()
         for process in self._processes:

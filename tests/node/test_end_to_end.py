@@ -13,8 +13,6 @@ import secrets
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +28,6 @@ from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
 from tests.simnode.programs import children_of, descriptors_of
 from tests.simnode.reachable import as_user, base_folder
-from tests.waiting import HANG_S
 
 FOUND = 700  # an H100's factory default, in watts
 
@@ -40,20 +37,8 @@ def embedded(node: SimNode) -> KubeApi:
     return node.api
 
 
-def page(node: SimNode, path: str) -> tuple[int, str]:
-    url = f"http://127.0.0.1:{node.metrics_port}{path}"
-    try:
-        with urllib.request.urlopen(url, timeout=HANG_S) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-    except OSError as error:
-        return 0, str(error)
-
-
 def metrics(node: SimNode) -> dict[str, Family]:
-    return read(page(node, "/metrics")[1])
+    return read(node.page("/metrics")[1])
 
 
 # ---------------------------------------------------------------------- the way of one limit
@@ -234,7 +219,7 @@ def test_too_many_pods_hold_what_is_and_say_so(node: SimNode) -> None:
     node.wait_for_limit(0, 350)
     for number in range(MAX_PODS):
         node.api.create_pod(f"pod-{number}", node=node.name)
-    node.wait_for(lambda: f"at most {MAX_PODS}" in page(node, "/readyz")[1], "red readyz")
+    node.wait_for(lambda: f"at most {MAX_PODS}" in node.page("/readyz")[1], "red readyz")
     node.annotate(pod, None)
     node.stays(lambda: node.limit_mw(0) == 350_000, 0.5)
     node.delete_pod(pod)
@@ -363,8 +348,8 @@ def test_api_down_at_start(make_node: MakeNode) -> None:
         node.start_enforcer()
         node.start_watcher()
         reason = re.compile("pods: not listed yet: .*refused")
-        node.wait_for(lambda: reason.search(page(node, "/readyz")[1]), "the reason")
-        assert page(node, "/healthz")[0] == 200
+        node.wait_for(lambda: reason.search(node.page("/readyz")[1]), "the reason")
+        assert node.page("/healthz")[0] == 200
         assert node.gpus[0].sets() == []
     node.wait_for_limit(0, 350)
     node.wait_for_state(pod, "enforced")
@@ -457,7 +442,7 @@ def test_jumps_of_the_wall_clock_change_nothing(make_node: MakeNode, wall_clock:
     node.kill_enforcer()
     node.start_enforcer()
     node.wait_for_state(pod, "enforced")
-    assert page(node, "/readyz")[0] == 200
+    assert node.page("/readyz")[0] == 200
     assert embedded(node).count("list") == lists
     assert FOUND * 1000 not in [each.requested_mw for each in node.gpus[0].sets()]
     years_said = {entry["ts"][:4] for entry in node.log_lines()}
@@ -538,13 +523,13 @@ def test_the_latency_counts_limits_that_were_written_at_once_and_nothing_else(
 
 
 def test_ready_is_red_while_the_enforcer_is_away(node: SimNode) -> None:
-    node.wait_for(lambda: page(node, "/readyz") == (200, "ok\n"), "green")
+    node.wait_for(lambda: node.page("/readyz") == (200, "ok\n"), "green")
     node.kill_enforcer()
-    node.wait_for(lambda: page(node, "/readyz")[0] == 503, "red")
-    assert "enforcer" in page(node, "/readyz")[1]
-    assert page(node, "/healthz")[0] == 200  # restarting the watcher would help nobody
+    node.wait_for(lambda: node.page("/readyz")[0] == 503, "red")
+    assert "enforcer" in node.page("/readyz")[1]
+    assert node.page("/healthz")[0] == 200  # restarting the watcher would help nobody
     node.start_enforcer()
-    node.wait_for(lambda: page(node, "/readyz") == (200, "ok\n"), "green again")
+    node.wait_for(lambda: node.page("/readyz") == (200, "ok\n"), "green again")
 
 
 def test_ready_is_red_while_nvml_is_missing(make_node: MakeNode) -> None:
@@ -552,12 +537,12 @@ def test_ready_is_red_while_nvml_is_missing(make_node: MakeNode) -> None:
     node.gpus.driver_missing()
     node.start()
     pod = node.add_pod("trainer", limit=350, gpus=[0])
-    node.wait_for(lambda: page(node, "/readyz")[1].startswith("nvml"), "red for NVML")
-    assert page(node, "/readyz")[0] == 503
+    node.wait_for(lambda: node.page("/readyz")[1].startswith("nvml"), "red for NVML")
+    assert node.page("/readyz")[0] == 503
     node.gpus.driver_present()
     node.wait_for_limit(0, 350)
     node.wait_for_state(pod, "enforced")
-    node.wait_for(lambda: page(node, "/readyz")[0] == 200, "green")
+    node.wait_for(lambda: node.page("/readyz")[0] == 200, "green")
 
 
 # ---------------------------------------------------------------------- privileges

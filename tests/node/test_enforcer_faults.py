@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from tests.node.enforcer_harness import EnforcerNode, pod_uid
+from tests.small_disk import fill, small_disk
 from tests.waiting import until
 
 A, B = pod_uid(1), pod_uid(2)
@@ -397,27 +394,8 @@ def test_where_no_board_can_be_read_nvml_is_failing() -> None:
 @pytest.fixture
 def node_on_a_small_disk() -> Iterator[EnforcerNode]:
     """A node whose state directory is on a file system of 64 KiB of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    with EnforcerNode() as node:
-        node.state_dir.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(node.state_dir)]
-        if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-            pytest.skip("mounting a tmpfs is not allowed here")
-        try:
-            yield node
-        finally:
-            if node.process is not None:
-                node.kill()
-            subprocess.run(["umount", "-l", str(node.state_dir)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    ballast = folder / "ballast"
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-    return ballast
+    with EnforcerNode() as node, small_disk(node.state_dir):
+        yield node
 
 
 @pytest.mark.root

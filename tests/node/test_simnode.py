@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.conftest import FAST, MakeNode
-from tests.simnode.node import SimNode
+from tests.node.conftest import MakeNode
+from tests.simnode.node import FAST, SimNode
 from tests.simnode.programs import children_of
 from tests.simnode.reachable import ROOT, WATCHER_UID, as_user, base_folder
 from tests.simnode.workloads import MadeUpProc, RealCgroups, cgroup2_mounts

@@ -17,6 +17,7 @@ import pytest
 
 from shared import messages as m
 from tests.node.watcher_harness import KEY, NODE, WatcherNode, report
+from tests.relay import relay
 from tests.simnode.kubeapi import KubeApi
 from tests.waiting import ended, stays, until
 
@@ -763,15 +764,4 @@ def _closing_front(behind: int, closes: int) -> Iterator[int]:
 
 def _join(client: socket.socket, behind: int) -> None:
     with client, socket.create_connection(("127.0.0.1", behind)) as server:
-        back = threading.Thread(target=_carry, args=(server, client))
-        back.start()
-        _carry(client, server)
-        back.join()
-
-
-def _carry(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_RDWR)
+        relay(client, server)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.watcher_harness import WatcherNode
+from tests.relay import relay
 from tests.simnode.controlplane_certs import make_certificates
 from tests.simnode.kubeapi import KubeApi
 from tests.waiting import ended, until
@@ -59,19 +60,7 @@ class TlsFront:
             stack.enter_context(contextlib.suppress(OSError))  # a client that trusts another
             client = stack.enter_context(self._context.wrap_socket(plain, server_side=True))
             server = stack.enter_context(socket.create_connection(("127.0.0.1", self._api.port)))
-            back = threading.Thread(target=_pump, args=(server, client))
-            back.start()
-            _pump(client, server)
-            back.join()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    for end in (source, target):
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+            relay(client, server)
 
 
 @pytest.fixture

@@ -11,20 +11,18 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from enforcer.server import Server
 from shared import messages as m
 from tests.node.enforcer_harness import REPOSITORY
+from tests.pages import page
 from tests.simnode import exposition
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.kubeapi import KubeApi
-from tests.waiting import HANG_S, until
+from tests.waiting import until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE = "gpu-node"
@@ -129,13 +127,8 @@ class WatcherNode:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
             sys.stderr.write(self._out.read_text() if self._out.exists() else "")
         self.api.stop()
         if self.process is not None and self.process.poll() is None:
@@ -200,16 +193,7 @@ class WatcherNode:
 
     def page(self, path: str) -> tuple[int, str]:
         """(status, text) of a page; status 0 where nobody answers."""
-        try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.port}{path}", timeout=HANG_S
-            ) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-        except OSError as error:
-            return 0, str(error)
+        return page(self.port, path)
 
     def metric(self, name: str, **labels: str) -> float | None:
         """The value of one sample, None where it, or the whole page, is not there."""

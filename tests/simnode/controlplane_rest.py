@@ -8,7 +8,6 @@ import json
 import ssl
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 from tests.waiting import HANG_S
@@ -51,12 +50,7 @@ class RestClient:
     def __enter__(self) -> RestClient:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

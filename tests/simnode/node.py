@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from shared.messages import Status, StatusReply
 from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError, ask
 from shared.units import format_watts
+from tests.pages import page
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.gpus import Kind, SimGpus
@@ -36,6 +36,8 @@ ANNOTATION = "dynamo.nvidia.com/gpu-power-limit"
 CONFIG_HASH = "kubernetes.io/config.hash"
 MANIFEST = ROOT / "deploy" / "power_agent" / "daemonset.yaml"
 _POLL_S = 0.002
+# Processes are looked for ten times a second, so that a test need not wait a second for each.
+FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.3"}
 
 T = TypeVar("T")
 
@@ -103,12 +105,7 @@ class SimNode:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -354,6 +351,10 @@ class SimNode:
         found = until(condition, what, deadline_s=deadline_s, poll_s=_POLL_S, explain=self.explain)
         assert found is not None
         return found
+
+    def page(self, path: str) -> tuple[int, str]:
+        """(status, text) of a page of the watcher; status 0 where nobody answers."""
+        return page(self.metrics_port, path)
 
     def stays(self, condition: Callable[[], object], for_s: float) -> None:
         """Fails as soon as the condition does not hold, up to `for_s` from now."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.waiting import ended, gone, until
+from tests.waiting import NotInTimeError, ended, gone, until
 
 ROOT = Path(__file__).resolve().parents[2]
 AS_ROOT = os.geteuid() == 0
@@ -152,7 +152,7 @@ def running(home: Path) -> Iterator[Supervised]:
         supervised.process.terminate()
         try:
             ended(supervised.process)
-        except subprocess.TimeoutExpired:
+        except NotInTimeError:
             supervised.process.kill()
             supervised.process.wait()
             raise
