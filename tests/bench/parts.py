@@ -32,7 +32,6 @@ from tests.simnode.workloads import Worker
 _GPUS = 8
 _WATTS = 400
 _MEMORY = Path("/dev/shm")
-_DEADLINE_S = 10.0
 _LOOK_S = 0.02  # when waiting for what has its time in a log: a faster loop would take a core
 _SETTLE_S = 5.0
 
@@ -287,7 +286,7 @@ def _wait(node: SimNode, condition: Callable[[], bool], what: str) -> None:
         time.sleep(_LOOK_S)
         return False
 
-    node.wait_for(reached, _DEADLINE_S, what)
+    node.wait_for(reached, what)
 
 
 PARTS = {

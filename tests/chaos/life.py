@@ -13,7 +13,6 @@ from tests.simnode.workloads import Worker
 
 _UNUSABLE = ("much", "350W", "-1", "0", "1e3", "", "３５０", "NaN", "100001")
 _MOST_PODS = 6
-_GONE_S = 30.0
 
 
 class Life:
@@ -119,7 +118,7 @@ class Life:
         """
         kept = {pod.key for pod in self.pods}
         # The kubelet ends a deleted pod in its own time, and until then it still asks.
-        self.node.wait_for(lambda: self._outside.only(kept), _GONE_S, "deleted pods are gone")
+        self.node.wait_for(lambda: self._outside.only(kept), "deleted pods are gone")
         while self._ghosts:
             self.node.end_workers(self._ghosts.pop())
         for pod in self.pods:

@@ -17,7 +17,8 @@ from typing import Any
 
 from tests.chaos.witness import Board, View, Witness, expected_mw
 from tests.simnode.kubeapi import KubeApi
-from tests.simnode.node import ANNOTATION, CONFIG_HASH, NotInTimeError, SimNode
+from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
+from tests.waiting import until
 
 LOW_W, HIGH_W = 250, 600  # the administrator's, so that limits as found lie outside
 BOUNDS = {"POWER_AGENT_MIN_WATTS": f"{LOW_W}", "POWER_AGENT_MAX_WATTS": f"{HIGH_W}"}
@@ -137,13 +138,16 @@ class Outside:
 
     def wait_until_settled(self, view: View, deadline_s: float) -> None:
         """Until all is as it is to be; raises NotInTimeError with what is not."""
-        end_s = time.monotonic() + deadline_s
-        while amiss := self.unsettled(view):
+
+        def settled() -> bool:
             assert not self.lost()
-            if time.monotonic() > end_s:
-                seen = f"{amiss}\nledger: {self.owned()}\nthen: {view}\nnow: {self.look()}"
-                raise NotInTimeError(f"{seen}\n{self.node.explain()}")
-            time.sleep(_POLL_S)
+            return not self.unsettled(view)
+
+        def explain() -> str:
+            seen = f"ledger: {self.owned()}\nthen: {view}\nnow: {self.look()}"
+            return f"{self.unsettled(view)}\n{seen}\n{self.node.explain()}"
+
+        until(settled, "all settled", deadline_s=deadline_s, poll_s=_POLL_S, explain=explain)
 
 
 def _text(path: Path) -> str:

@@ -25,7 +25,8 @@ from tests.chaos.mishaps import Mishaps
 from tests.chaos.outside import BOUNDS, Outside
 from tests.chaos.witness import View, expected_mw
 from tests.simnode.kubeapi import KubeApi
-from tests.simnode.node import NotInTimeError, SimNode
+from tests.simnode.node import SimNode
+from tests.waiting import NotInTimeError
 
 SETTINGS = {"POWER_AGENT_SCAN_SECONDS": "0.2", "POWER_AGENT_RECONCILE_SECONDS": "1", **BOUNDS}
 SETTLED_S = 120.0  # backoffs of thirty seconds, of three parties
@@ -156,7 +157,7 @@ class Leg:
 
     def _count_snapshots(self) -> None:
         with contextlib.suppress(UnreachableError):
-            counters = self.node.status().counters
+            counters = self.node.status(2.0).counters
             self._tally.seen["snapshots taken, at least"] += counters.snapshots
             self._tally.seen["messages refused, at least"] += counters.malformed
 

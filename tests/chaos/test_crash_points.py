@@ -15,7 +15,8 @@ import pytest
 
 from tests.chaos.crashpoints import ARMED, OPERATIONS, When
 from tests.chaos.scale import SEED, WHOLE
-from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, named, pod_uid, wait_until
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, named, pod_uid
+from tests.waiting import ended, until
 
 A, B, C = pod_uid(1), pod_uid(2), pod_uid(3)
 FOUND_W = (650.0, 640.0, 630.0)  # distinct, and asked for by nobody
@@ -89,7 +90,7 @@ class CrashingNode(EnforcerNode):
         """Send a snapshot to an enforcer that may never answer."""
         self.revision += 1
         message = self.message(pods)
-        wait_until(lambda: self.client.send(message), "the wish is sent")
+        until(lambda: self.client.send(message), "the wish is sent")
 
     def check_nothing_is_lost(self) -> None:
         """I2, with no enforcer alive: whatever differs from what was found is on disk."""
@@ -133,7 +134,7 @@ def play(node: CrashingNode, point: Point) -> None:
         node.process.terminate()
     else:
         node.wish(after)
-    assert node.process.wait(8) == -signal.SIGKILL, "it went on: the step lacks that operation"
+    assert ended(node.process) == -signal.SIGKILL, "it went on: the step lacks that operation"
     node.check_nothing_is_lost()
     node.point = None
     node.start()
@@ -148,7 +149,7 @@ def play(node: CrashingNode, point: Point) -> None:
     node.snapshot({})
     for number, watts in enumerate(FOUND_W):
         node.wait_limit(watts, number)
-    wait_until(lambda: node.owned() == {}, "the ledger is empty")
+    until(lambda: node.owned() == {}, "the ledger is empty")
     node.check_sets()
 
 
@@ -181,7 +182,7 @@ def test_i1_killed_between_giving_back_and_its_entry_a_stranger_is_not_limited()
         node.arm()
         node.wish({})
         assert node.process is not None
-        assert node.process.wait(8) == -signal.SIGKILL
+        assert ended(node.process) == -signal.SIGKILL
         assert node.limit() == 650
         node.point = None
         node.run_host(0)

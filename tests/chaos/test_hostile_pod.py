@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.machine import cpu_s
 from tests.chaos.scale import HOSTILE_S
 from tests.simnode.gpus import SimGpu
-from tests.simnode.node import Pod, SimNode
+from tests.simnode.node import FAST, Pod, SimNode
 from tests.simnode.workloads import RealCgroups, pod_cgroup
 
-FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5"}
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="real cgroups need root"),
-    pytest.mark.timeout(60 + 4 * HOSTILE_S),
+    pytest.mark.timeout(180 + 4 * HOSTILE_S),
 ]
 
 # Forks as fast as it can, in a cgroup that it was put into, and has its children on a GPU's list:
@@ -70,17 +70,14 @@ def flooded(node: SimNode, pod: Pod, gpu: SimGpu, *living: int) -> Iterator[list
         assert flood.stdin is not None
         flood.stdin.write("go\n")
         flood.stdin.flush()
+        assert flood.stdout is not None
+        flood.stdout.readline()  # the first processes are on the list
         yield counts
     finally:
         flood.kill()
         told, _ = flood.communicate()
         node.place.clear(flood.pid, place)
         counts.append(int(told.split()[-1]) if told else 0)
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_flood_of_short_lived_processes(node: SimNode) -> None:
@@ -97,7 +94,7 @@ def test_a_flood_of_short_lived_processes(node: SimNode) -> None:
         flooded(node, neutral, shared, good.workers[0].pid) as second,
     ):
         node.annotate(good, 360)
-        node.wait_for_limit(0, 360, deadline_s=2)
+        node.wait_for_limit(0, 360)
         end_s = time.monotonic() + HOSTILE_S
         while time.monotonic() < end_s:
             assert node.limit_mw(1) == 300_000
@@ -168,11 +165,10 @@ def test_a_process_that_changes_its_cgroup_all_the_time(node: SimNode) -> None:
     worker = node.workers.in_cgroup(own, [node.gpus[1]])
     places = [f"{own}/kubepods/burstable/pod{victim.uid}/{name}" for name in "ab"]
     end_s, moves = time.monotonic() + HOSTILE_S / 2, 0
-    while time.monotonic() < end_s:
+    while time.monotonic() < end_s or moves <= 50:
         for place in places:
             node.place.put(worker.pid, place)
             moves += 1
         assert node.limit_mw(1) == 700_000
     node.place.put(worker.pid, own)
-    assert moves > 50
     assert {record.uuid for record in node.gpus.sets()} == {node.gpus[0].uuid}

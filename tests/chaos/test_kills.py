@@ -13,11 +13,11 @@ import pytest
 from tests.chaos.life import Life
 from tests.chaos.outside import BOUNDS, Outside
 from tests.chaos.scale import ROUNDS, SEED
-from tests.simnode.node import SimNode
+from tests.simnode.node import FAST, SimNode
+from tests.waiting import HANG_S
 
-FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5", **BOUNDS}
-# supervisord waits longer and longer for a program that is killed again and again
-SETTLED_S = 60.0
+# Supervisord waits longer and longer for a program that is killed again and again.
+SETTLED_S = 2 * HANG_S
 PROGRAMS = ["enforcer", "watcher"]
 
 
@@ -81,7 +81,9 @@ class Killing:
 
 @contextmanager
 def killing(seed: int, *, supervised: bool) -> Iterator[Killing]:
-    with SimNode(gpus=3, real_api=False, start=False, supervised=supervised, settings=FAST) as node:
+    with SimNode(
+        gpus=3, real_api=False, start=False, supervised=supervised, settings=FAST | BOUNDS
+    ) as node:
         played = Killing(node, random.Random(seed))
         node.start()
         yield played

@@ -13,7 +13,7 @@ import yaml
 
 from tests.cluster import simulator
 from tests.cluster.cluster import Cluster, Object
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "deploy/power_agent/daemonset.yaml"
@@ -158,7 +158,7 @@ class Agent:
             statuses = self.pod()["status"].get("containerStatuses", [])
             return bool(statuses) and all(status["ready"] for status in statuses)
 
-        wait_for(ready, timeout_s, "the agent's pod to be ready", on_timeout=self.described)
+        until(ready, "the agent's pod to be ready", deadline_s=timeout_s, explain=self.described)
 
     def described(self) -> str:
         return "\n".join(

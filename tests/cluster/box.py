@@ -15,13 +15,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from tests.cluster.parts import LackingError, require_root
-from tests.cluster.waiting import wait_for
 from tests.simnode.controlplane_process import Spawner
 from tests.simnode.guardian import Guardian
+from tests.waiting import until
 
 INIT = Path(__file__).with_name("box_init.py")
 HOSTNAME = "box"
@@ -114,12 +113,7 @@ class Box:
         self._guardian, self._spawner = guardian, Spawner(self._undo)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._undo.close()
 
     def start(self) -> None:
@@ -149,7 +143,7 @@ class Box:
                 raise BoxError(f"the box ended:\n{process.log_tail()}")
             return (self.folder / "ready").exists()
 
-        wait_for(up, _START_TIMEOUT_S, "the box")
+        until(up, "the box", deadline_s=_START_TIMEOUT_S)
 
     @property
     def init_pid(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 Object = dict[str, Any]
 
@@ -101,4 +101,4 @@ def wait_for_pod(cluster: Cluster, name: str, timeout_s: float = 60.0) -> None:
 
 
 def wait_gone(cluster: Cluster, kind: str, name: str, timeout_s: float = 60.0) -> None:
-    wait_for(lambda: cluster.gone(kind, name), timeout_s, f"{kind} {name} to be gone")
+    until(lambda: cluster.gone(kind, name), f"{kind} {name} to be gone", deadline_s=timeout_s)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tests.cluster.waiting import wait_for
 from tests.simnode.node import SimNode
 
 PYTHON = "/opt/power-agent/{}/bin/python"
@@ -26,7 +25,6 @@ REDUCED = (*AS_ROOT, "--cap-drop=all", "--cap-add=sys_admin", "--security-opt=no
 ENFORCER = (PYTHON.format("enforcer"), "-I", "-m", "enforcer")
 SUPERVISED = ("supervisord", "-c", "supervisord.conf")
 _IMAGES_OWN = ("PATH", "LANG", "POWER_AGENT_RUN_DIR", "POWER_AGENT_STATE_DIR")
-_READY_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _environment(node: SimNode, program: str) -> dict[str, str]:
 
 def _end_to_end(node: SimNode, podman: Podman, asked: str) -> None:
     """A pod is limited, changed and given back; powerctl and the health check answer inside."""
-    node.wait_for_link(_READY_S)
+    node.wait_for_link()
     pod = node.add_pod("worker", 300, [0])
     node.wait_for_limit(0, 300)
     node.annotate(pod, 350)
@@ -176,8 +174,7 @@ def _show_logs(podman: Podman, *names: str) -> None:
 def main() -> None:
     podman = Podman(*sys.argv[1:3])
     os.environ.pop("KUBEBUILDER_ASSETS", None)
-    wait_for(lambda: podman.run("image", "exists", podman.image, check=False).returncode == 0,
-             1, f"{podman.image} in {podman.store}")  # fmt: skip
+    assert podman.run("image", "exists", podman.image, check=False).returncode == 0, podman
     ways: dict[str, Callable[[], None]] = {
         "two containers, enforcer privileged": partial(two_containers, podman, PRIVILEGED),
         "two containers, enforcer with CAP_SYS_ADMIN alone": partial(

@@ -10,8 +10,8 @@ from pathlib import Path
 from tests.cluster import simulator
 from tests.cluster.box import Box
 from tests.cluster.certificates import ClusterCertificates
-from tests.cluster.waiting import wait_for
 from tests.simnode.controlplane import etcd_command
+from tests.waiting import until
 
 NODE = "node-1"
 NODE_ADDRESS = "10.1.0.1"
@@ -81,11 +81,11 @@ class Node:
             self._configure()
             self.box.start()
             # From outside, too, through the box's own root: no socket leaves it.
-            wait_for(
+            until(
                 lambda: self.box.path(CONTAINERD).exists(),
-                READY_TIMEOUT_S,
                 "containerd",
-                on_timeout=self.box.log_tails,
+                deadline_s=READY_TIMEOUT_S,
+                explain=self.box.log_tails,
             )
         except BaseException:
             self.box.__exit__(None, None, None)
@@ -134,7 +134,7 @@ class Node:
             account = self._kubectl("get", "serviceaccount", "default")
             return status == "True" and account != ""
 
-        wait_for(ready, READY_TIMEOUT_S, "the node", on_timeout=self.box.log_tails)
+        until(ready, "the node", deadline_s=READY_TIMEOUT_S, explain=self.box.log_tails)
 
     def _kubectl(self, *arguments: str) -> str:
         done = subprocess.run(

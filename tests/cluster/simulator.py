@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tests.cluster import simulator_pod
 from tests.cluster.cluster import Cluster, KubectlError, Object
-from tests.cluster.waiting import wait_for
 from tests.simnode.gpus import SetRecord
 from tests.simnode.nvml import SONAME, build_library
+from tests.waiting import until
 
 NAMESPACE = "simulated-gpus"
 POD = "driver"
@@ -205,11 +205,11 @@ class Gpus:
         return found
 
     def wait_limit(self, index: int, expected_mw: int, timeout_s: float = 15.0) -> None:
-        wait_for(
+        until(
             lambda: self.limit_mw(index) == expected_mw,
-            timeout_s,
             f"GPU {index} at {expected_mw} mW",
-            on_timeout=lambda: f"it has {self.limit_mw(index)} mW\n{self.cluster.logs()}",
+            deadline_s=timeout_s,
+            explain=lambda: f"it has {self.limit_mw(index)} mW\n{self.cluster.logs()}",
         )
 
 

@@ -11,8 +11,8 @@ from tests.cluster.agent import NAMESPACE, Agent
 from tests.cluster.cluster import Cluster
 from tests.cluster.conftest import MakeWorker
 from tests.cluster.simulator import Gpus
-from tests.cluster.waiting import wait_for
 from tests.simnode.exposition import read
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -87,7 +87,7 @@ def test_the_readiness_page_says_ok_and_metrics_show_the_pod(
         effective = families["power_agent_pod_effective_limit_watts"]
         return effective.some(namespace="default", pod="measured") == [300.0]
 
-    wait_for(shown, 10, "the metric")
+    until(shown, "the metric")
 
 
 @pytest.mark.parametrize("container", ["watcher", "enforcer"])
@@ -99,9 +99,9 @@ def test_a_killed_container_comes_back_and_no_limit_moved(
     before = len(gpus.sets(0))
     restarts = agent.restarts(container)
     gpus.kill_program(container)
-    wait_for(lambda: agent.restarts(container) == restarts + 1, 60, "the container started again")
+    until(lambda: agent.restarts(container) == restarts + 1, "the container started again")
     agent.wait_ready()
-    wait_for(lambda: agent.status()["watcher"]["connected"], 15, "the watcher linked")
+    until(lambda: agent.status()["watcher"]["connected"], "the watcher linked")
     assert len(gpus.sets(0)) == before
     make_worker("after", 1, watts="400")  # it enforces again
     gpus.wait_limit(1, 400_000)
@@ -129,13 +129,12 @@ def test_the_probes_restart_an_enforcer_that_hangs_and_no_limit_moves(
     restarts = agent.restarts("enforcer")
     began = time.monotonic()
     gpus.signal_program("enforcer", "STOP")
-    wait_for(
+    until(
         lambda: not agent.container_status("watcher")["ready"],
-        60,
         "the pod to be not ready: it does not enforce",
     )
     # Three probes of 20 seconds fail, then a stopped process has the pod's grace period to end.
-    wait_for(lambda: agent.restarts("enforcer") == restarts + 1, 150, "the probes to act")
+    until(lambda: agent.restarts("enforcer") == restarts + 1, "the probes to act", deadline_s=150)
     took_s = time.monotonic() - began
     agent.wait_ready()
     assert len(gpus.sets(0)) == before

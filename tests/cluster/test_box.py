@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.box import NAMESPACES, Box, hierarchies
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -67,7 +67,7 @@ def test_what_runs_inside_sees_only_the_box() -> None:
         box.services = {"one": ["sleep", "100000"]}
         box.start()
         # Process 1, the service, and whoever looks.
-        wait_for(lambda: len(_pids_inside(box)) == 3, 5, "the service")
+        until(lambda: len(_pids_inside(box)) == 3, "the service")
         assert box.run("ls", "/var/lib") == ""
         assert box.run("cat", "/proc/self/cgroup").count(":/..") == 0
         for namespace in NAMESPACES:
@@ -108,6 +108,6 @@ def test_nothing_outlives_the_maker(how: signal.Signals | None) -> None:
             places = [file for file in (folder, *entrances) if Path(file).exists()]
             return processes + places
 
-        wait_for(lambda: not left(), 20, "everything gone", on_timeout=left)
+        until(lambda: not left(), "everything gone", explain=left)
     assert Path(folder).name not in Path("/proc/self/mountinfo").read_text()
     assert "link0" not in Path("/proc/net/dev").read_text()

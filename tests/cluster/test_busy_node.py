@@ -10,7 +10,7 @@ from tests.cluster.agent import NAMESPACE, Agent
 from tests.cluster.cluster import worker
 from tests.cluster.conftest import MakeWorker, Place
 from tests.cluster.simulator import Gpus
-from tests.cluster.waiting import wait_for
+from tests.waiting import stays
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -44,9 +44,8 @@ def test_no_probe_ends_an_agent_that_is_merely_slow(
         print(f"ready after {time.monotonic() - began:.0f} s on a busy node")
         make_worker("beside", 0, watts="300")
         gpus.wait_limit(0, 300_000, timeout_s=60)
-        until = time.monotonic() + WATCHED_S
-        wait_for(lambda: time.monotonic() > until or restarts(agent) != (0, 0),
-                 WATCHED_S + 30, "the time of three probes", poll_s=5)  # fmt: skip
+        # The time of three probes.
+        stays(lambda: restarts(agent) == (0, 0), WATCHED_S, poll_s=5)
         assert restarts(agent) == (0, 0)
     finally:
         place.cluster.kubectl("delete", "pod", "busy", "--grace-period=1")

@@ -13,8 +13,8 @@ import pytest
 from tests.cluster.agent import NAME, NAMESPACE, ROOT, Agent, simulated_nvml
 from tests.cluster.conftest import MakeWorker, Place
 from tests.cluster.simulator import Gpus
-from tests.cluster.waiting import wait_for
 from tests.kube import helm_assets
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -71,12 +71,12 @@ def test_a_release_enforces_follows_its_upgrade_and_gives_back_when_uninstalled(
     place.cluster.kubectl("patch", "daemonset", NAME, "-n", NAMESPACE, "--patch", patch)
     agent.wait_rolled_out()
     gpus.wait_limit(0, 400_000, timeout_s=60)
-    wait_for(lambda: agent.status()["watcher"]["connected"], 20, "the new watcher linked")
+    until(lambda: agent.status()["watcher"]["connected"], "the new watcher linked")
     assert agent.status()["pods"][0]["state"] == "clamped"
 
     helm("uninstall", NAME, "--wait")
     gpus.wait_limit(0, 700_000, timeout_s=40)
-    wait_for(lambda: gpus.programs("enforcer") + gpus.programs("watcher") == [], 40, "the end")
+    until(lambda: gpus.programs("enforcer") + gpus.programs("watcher") == [], "the end")
     assert not place.cluster.items(
         "daemonsets,serviceaccounts", "-n", NAMESPACE, "-l", "app=power-agent"
     )

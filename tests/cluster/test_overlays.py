@@ -13,7 +13,7 @@ from tests.cluster.conftest import MakeWorker, Place
 from tests.cluster.node import PRIVATE_CGROUPS_RUNTIME
 from tests.cluster.simulator import Gpus
 from tests.cluster.test_privileges import status_field
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -34,7 +34,7 @@ def install(place: Place) -> Iterator[Install]:
         if ready:
             agent.wait_ready()
         else:
-            wait_for(agent.pods, 30, "a pod of the agent")
+            until(agent.pods, "a pod of the agent")
         return agent
 
     yield make
@@ -89,7 +89,7 @@ def test_an_enforcer_that_cannot_join_the_hosts_cgroup_namespace_says_what_it_la
     before = len(gpus.sets(0))
     agent = install("reduced-privileges", *_private_cgroups(place), lacking, ready=False)
     make_worker("unseen", 0, watts="300")
-    wait_for(lambda: agent.restarts("enforcer") >= 1, 60, "the enforcer to give up")
+    until(lambda: agent.restarts("enforcer") >= 1, "the enforcer to give up")
     state = agent.container_status("enforcer")["lastState"]["terminated"]
     assert state["exitCode"] == 2
     assert "CAP_SYS_PTRACE" in agent.log("enforcer", "--previous")
@@ -102,7 +102,7 @@ def test_without_host_pid_the_enforcer_says_so_and_touches_nothing(
     before = len(gpus.sets(0))
     agent = install("../power_agent", _patch({"hostPID": False}), ready=False)
     make_worker("unseen", 0, watts="300")
-    wait_for(lambda: agent.restarts("enforcer") >= 1, 60, "the enforcer to give up")
+    until(lambda: agent.restarts("enforcer") >= 1, "the enforcer to give up")
     assert agent.container_status("enforcer")["lastState"]["terminated"]["exitCode"] == 2
     assert "hostPID: true" in agent.log("enforcer", "--previous")
     assert len(gpus.sets(0)) == before
@@ -163,7 +163,7 @@ def test_supervised_starts_a_killed_program_again_in_the_same_container(
     before = len(gpus.sets(0))
     killed = gpus.programs(program)
     gpus.kill_program(program)
-    wait_for(lambda: gpus.programs(program) not in ([], killed), 20, "the program again")
+    until(lambda: gpus.programs(program) not in ([], killed), "the program again")
     make_worker("later", 1, watts="400")
     gpus.wait_limit(1, 400_000)
     assert len(gpus.sets(0)) == before
@@ -178,7 +178,7 @@ def test_supervised_kills_an_enforcer_that_hangs_and_no_limit_moves(
     before = len(gpus.sets(0))
     hung = gpus.programs("enforcer")
     gpus.signal_program("enforcer", "STOP")
-    wait_for(lambda: gpus.programs("enforcer") not in ([], hung), 60, "another enforcer")
+    until(lambda: gpus.programs("enforcer") not in ([], hung), "another enforcer")
     make_worker("later", 1, watts="400")
     gpus.wait_limit(1, 400_000)
     assert len(gpus.sets(0)) == before
@@ -227,5 +227,5 @@ def test_dry_run_decides_and_writes_nothing(
     def told() -> bool:
         return "would be" in agent.status()["gpus"][0]["reason"]
 
-    wait_for(told, 10, "what it would do")
+    until(told, "what it would do")
     assert [len(gpus.sets(index)) for index in range(gpus.count)] == before

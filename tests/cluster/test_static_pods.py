@@ -12,7 +12,7 @@ from tests.cluster.cluster import worker
 from tests.cluster.conftest import Place
 from tests.cluster.node import NODE, Node
 from tests.cluster.simulator import Gpus
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -52,9 +52,8 @@ def test_an_ordinary_pod_cannot_pass_for_a_static_one(
     before = len(gpus.sets(1))
     try:
         place.cluster.apply(impostor)
-        wait_for(
+        until(
             lambda: [p["name"] for p in agent.status()["pods"]] == ["impostor"],
-            10,
             "the impostor to be known",
         )
         assert [p["state"] for p in agent.status()["pods"]] == ["waiting"]

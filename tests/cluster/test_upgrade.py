@@ -10,7 +10,7 @@ from tests.cluster.agent import LEDGER, NAMESPACE, Agent
 from tests.cluster.cluster import Cluster
 from tests.cluster.conftest import MakeWorker, Place
 from tests.cluster.simulator import Gpus
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def roll(place: Place, agent: Agent) -> None:
     following.deploy(restarted)
     assert agent.pod()["metadata"]["uid"] != before
     agent.wait_ready()
-    wait_for(lambda: agent.status()["watcher"]["connected"], 20, "the new watcher linked")
+    until(lambda: agent.status()["watcher"]["connected"], "the new watcher linked")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_rolling_update_with_hold_writes_no_limit_at_all(
         gpus.wait_limit(index, 300_000)
     before = [len(gpus.sets(index)) for index in range(gpus.count)]
     roll(place, agent)
-    wait_for(lambda: agent.status()["gpus"][0]["managed"], 10, "the new one to own what was held")
+    until(lambda: agent.status()["gpus"][0]["managed"], "the new one to own what was held")
     assert [len(gpus.sets(index)) for index in range(gpus.count)] == before
     assert gpus.limits_mw()[:2] == [300_000, 300_000]
 
@@ -68,7 +68,7 @@ def test_a_rolling_update_with_restore_gives_back_and_limits_again_once(
     before = len(gpus.sets(0))
     untouched = [len(gpus.sets(index)) for index in range(1, gpus.count)]
     roll(place, agent)
-    wait_for(lambda: len(gpus.sets(0)) == before + 2, 15, "limited again")
+    until(lambda: len(gpus.sets(0)) == before + 2, "limited again")
     given_back, limited = gpus.sets(0)[before:]
     assert (given_back.requested_mw, limited.requested_mw) == (700_000, 300_000)
     assert given_back.pid != limited.pid

@@ -8,7 +8,7 @@ from tests.cluster.agent import Agent, annotate
 from tests.cluster.cluster import Cluster, wait_gone
 from tests.cluster.conftest import MakeWorker
 from tests.cluster.simulator import Gpus
-from tests.cluster.waiting import wait_for
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -25,7 +25,7 @@ def test_a_pod_created_with_the_annotation_is_limited(
     make_worker("created", 0, watts="300")
     gpus.wait_limit(0, 300_000)
     assert gpus.limits_mw()[1:] == [700_000] * 3
-    wait_for(lambda: pod_state(agent, "created") == "enforced", 15, "the pod enforced")
+    until(lambda: pod_state(agent, "created") == "enforced", "the pod enforced")
 
 
 def test_annotating_changing_and_removing_is_followed_without_a_restart(
@@ -70,7 +70,7 @@ def test_the_lowest_of_two_pods_on_one_gpu_holds_until_it_goes(
     gpus.wait_limit(0, 500_000)
     make_worker("lower", 0, watts="400")
     gpus.wait_limit(0, 400_000)
-    wait_for(lambda: pod_state(agent, "higher") == "conflict", 15, "the conflict told")
+    until(lambda: pod_state(agent, "higher") == "conflict", "the conflict told")
     cluster.kubectl("delete", "pod", "lower")
     gpus.wait_limit(0, 500_000)
 
@@ -80,9 +80,9 @@ def test_a_request_out_of_bounds_is_clamped_and_nonsense_changes_nothing(
 ) -> None:
     make_worker("odd", 0, watts="50")
     gpus.wait_limit(0, 200_000)
-    wait_for(lambda: pod_state(agent, "odd") == "clamped", 15, "the pod clamped")
+    until(lambda: pod_state(agent, "odd") == "clamped", "the pod clamped")
     annotate(cluster, "odd", "350W")
-    wait_for(lambda: pod_state(agent, "odd") == "invalid", 15, "the pod invalid")
+    until(lambda: pod_state(agent, "odd") == "invalid", "the pod invalid")
     assert gpus.limit_mw(0) == 200_000
 
 
@@ -100,7 +100,7 @@ def test_a_worker_that_crashes_keeps_its_limit_while_its_container_restarts(
         status = cluster.get("pod", "crashing")["status"]["containerStatuses"][0]
         return (status["restartCount"], status["ready"]) == (1, True)
 
-    wait_for(restarted, 30, "the container started again")
+    until(restarted, "the container started again")
     assert gpus.limit_mw(0) == 300_000
     assert len(gpus.sets(0)) == before
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests.kube import assets, go_command
 from tests.kube.agent_node import Audit, KubeNode
 from tests.simnode.controlplane import ControlPlane
-from tests.simnode.node import MANIFEST
-
-# Processes are looked for ten times a second, so that a test need not wait a second for each.
-FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.5"}
+from tests.simnode.node import FAST, MANIFEST
 
 MakeNode = Callable[..., KubeNode]
 
@@ -49,18 +47,14 @@ def cluster(controlplane: ControlPlane) -> ControlPlane:
 @pytest.fixture
 def make_node(cluster: ControlPlane, request: pytest.FixtureRequest) -> Iterator[MakeNode]:
     """Makes nodes of the cluster, named after the test."""
-    nodes: list[KubeNode] = []
+    with ExitStack() as stack:
 
-    def make(*, settings: dict[str, str] | None = None, **options: object) -> KubeNode:
-        name = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_")).strip("-")
-        chosen = {"name": name[:60].strip("-"), "settings": FAST | (settings or {}), **options}
-        node = KubeNode(cluster, **chosen)  # type: ignore[arg-type]
-        nodes.append(node.__enter__())
-        return node
+        def make(*, settings: dict[str, str] | None = None, **options: object) -> KubeNode:
+            name = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_")).strip("-")
+            chosen = {"name": name[:60].strip("-"), "settings": FAST | (settings or {}), **options}
+            return stack.enter_context(KubeNode(cluster, **chosen))  # type: ignore[arg-type]
 
-    yield make
-    for node in nodes:
-        node.close()
+        yield make
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.kube.chart import DEPLOY, render
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_rest import MERGE_PATCH, Object, RestClient
 from tests.simnode.node import ANNOTATION
+from tests.waiting import until
 
 pytestmark = pytest.mark.kube
 
@@ -21,7 +21,7 @@ NAMESPACE = "guarded"
 PARAMETERS = "/api/v1/namespaces/dynamo-system/configmaps/power-agent-policy"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 PLANNER = f"system:serviceaccount:{NAMESPACE}:planner"
-WAIT_S = 20.0
+SOON = "what was put takes effect"  # the server has it in its own cache within moments
 CONTAINERS = [{"name": "main", "image": "none.invalid/none"}]
 
 
@@ -32,11 +32,11 @@ def rest(cluster: ControlPlane) -> Iterator[RestClient]:
     folder = str(DEPLOY / "policies")
     cluster.kubectl("apply", "--validate=strict", "-k", folder)
     with cluster.rest_client() as client:
-        wait_until(lambda: create(client, "350W")[0] == 422)
+        until(lambda: create(client, "350W")[0] == 422, SOON)
         yield client
         cluster.kubectl("delete", "-k", folder)
         # The other tests of this server write what they like.
-        wait_until(lambda: create(client, "350W")[0] == 201)
+        until(lambda: create(client, "350W")[0] == 201, SOON)
 
 
 @pytest.fixture
@@ -49,15 +49,7 @@ def parameters(rest: RestClient) -> Iterator[Callable[..., None]]:
 
     yield put
     put()
-    wait_until(lambda: create(rest, "1")[0] == create(rest, "99999")[0] == 201)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Policies and parameters reach the server's own cache within moments."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
+    until(lambda: create(rest, "1")[0] == create(rest, "99999")[0] == 201, SOON)
 
 
 def pod(limit: str | None, name: str = "trial") -> Object:
@@ -146,7 +138,7 @@ def test_bounds_hold_and_the_edges_are_inside(
     rest: RestClient, parameters: Callable[..., None]
 ) -> None:
     parameters(minWatts="100", maxWatts="700.5")
-    wait_until(lambda: create(rest, "99")[0] == 422 == create(rest, "701")[0])
+    until(lambda: create(rest, "99")[0] == 422 == create(rest, "701")[0], SOON)
     for text in ("100", "100.0", "350", "700.5"):
         assert create(rest, text)[0] == 201, text
     for text, words in (
@@ -164,7 +156,7 @@ def test_nonsense_in_the_parameters_stops_new_limits_and_nothing_else(
 ) -> None:
     path = stored("350")
     parameters(minWatts="low")
-    wait_until(lambda: create(rest, "350")[0] != 201)
+    until(lambda: create(rest, "350")[0] != 201, SOON)
     assert create(rest, None)[0] == 201
     assert patch(rest, path, {"metadata": {"labels": {"a": "b"}}})[0] == 200
 
@@ -174,12 +166,12 @@ def test_without_parameters_the_cluster_goes_on(rest: RestClient) -> None:
     before = rest.json("GET", PARAMETERS)
     rest.json("DELETE", PARAMETERS)
     try:
-        wait_until(lambda: create(rest, "350W")[0] == 201)
+        until(lambda: create(rest, "350W")[0] == 201, SOON)
         assert create(rest, None)[0] == 201
     finally:
         del before["metadata"]["resourceVersion"], before["metadata"]["uid"]
         rest.json("POST", PARAMETERS.rpartition("/")[0], before)
-        wait_until(lambda: create(rest, "350W")[0] == 422)
+        until(lambda: create(rest, "350W")[0] == 422, SOON)
 
 
 # ---------------------------------------------------------------------- every way to write one
@@ -282,7 +274,7 @@ def test_a_template_with_an_old_bad_limit_can_still_be_scaled_and_mended(
     rest.json("POST", path, workload(kind, "350"))
     try:
         parameters(maxWatts="300")
-        wait_until(lambda: create(rest, "350")[0] == 422)
+        until(lambda: create(rest, "350")[0] == 422, SOON)
         one = f"{path}/trial"
         assert patch(rest, one, {"metadata": {"labels": {"a": "b"}}})[0] == 200
         for limit, status in (("351", 422), ("299", 200)):
@@ -339,7 +331,7 @@ def named_writers(
     """Only the planner and a group."""
     # As people write lists: blanks, an empty line.
     parameters(writers=f"  {PLANNER} \n\nanother\n", writerGroups="power-operators\n")
-    wait_until(lambda: create(rest, "350", **people["author"])[0] == 403)
+    until(lambda: create(rest, "350", **people["author"])[0] == 403, SOON)
 
 
 MAY = {
@@ -442,7 +434,7 @@ def test_the_chart_brings_its_own_key_and_bounds(cluster: ControlPlane, rest: Re
         return rest.raw("POST", f"{PODS}?dryRun=All", body)[0]
 
     try:
-        wait_until(lambda: answer("99") == 422)
+        until(lambda: answer("99") == 422, SOON)
         assert answer("100") == 201
     finally:
         cluster.kubectl("delete", "-f", "-", stdin=text)

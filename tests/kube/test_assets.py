@@ -9,12 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.kube import assets, go_command
+from tests.waiting import HANG_S, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ class World:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=HANG_S)
         return process.returncode, out, err
 
     def builds(self) -> list[str]:
@@ -191,10 +191,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(world: World, how:
     world.install_go()
     world.environment["FAKE_GO_BUILD"] = f"{BUILD}; sleep 1"
     with world.start() as process:
-        deadline = time.monotonic() + 10
-        while not world.builds():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(world.builds, "a build")
         process.send_signal(how)
     assert process.returncode != 0
     assert world.run("--if-cached")[0] == go_command.EXIT_NOT_CACHED
@@ -208,8 +205,7 @@ def test_if_cached_answers_at_once_also_while_another_builds(world: World) -> No
     world.install_go()
     world.environment["FAKE_GO_BUILD"] = f"sleep 0.5; {BUILD}"
     with world.start() as builder:
-        while not world.builds():
-            time.sleep(0.01)
+        until(world.builds, "a build")
         status, out, err = world.run("--if-cached")
         assert builder.poll() is None
     assert (status, out) == (go_command.EXIT_NOT_CACHED, "")

@@ -10,8 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,6 +19,7 @@ import pytest
 
 from tests.simnode.controlplane import ControlPlane, ControlPlaneError
 from tests.simnode.controlplane_rest import ApiError, Object
+from tests.waiting import gone, until
 
 pytestmark = pytest.mark.kube
 
@@ -42,22 +42,6 @@ def metadata_watch(kube: ControlPlane, node: str, **parameters: str) -> Iterator
     path = pods_of(node, watch="true", allowWatchBookmarks="true", **parameters)
     with kube.rest_client() as rest:
         yield from rest.watch(path, Accept=METADATA)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.02)
-
-
-def is_running(pid: str) -> bool:
-    """A process that nobody has reaped yet has ended all the same."""
-    try:
-        stat = Path("/proc", pid, "stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 # ---------------------------------------------------------------------- the server itself
@@ -201,7 +185,7 @@ def test_a_service_account_may_only_what_a_role_grants(
             "--serviceaccount=default:reader",
         )  # fmt: skip
         # The authorizer learns of a binding through a watch of its own.
-        wait_until(lambda: rest.raw("GET", pods_of("rbac"))[0] == 200)
+        until(lambda: rest.raw("GET", pods_of("rbac"))[0] == 200, "the binding")
         assert rest.raw("GET", "/api/v1/secrets")[0] == 403
 
     for path in (kubeconfig, by_file):
@@ -239,7 +223,7 @@ def test_request_counts_see_a_watch_when_it_ends(controlplane: ControlPlane) -> 
     before = controlplane.request_counts()
     for _ in metadata_watch(controlplane, "counts", timeoutSeconds="1"):
         pass
-    wait_until(lambda: (controlplane.request_counts() - before)["WATCH", "pods"] == 1)
+    until(lambda: (controlplane.request_counts() - before)["WATCH", "pods"] == 1, "the watch")
 
 
 # ---------------------------------------------------------------------- pods
@@ -337,10 +321,10 @@ def test_nothing_outlives_a_killed_owner(controlplane: ControlPlane) -> None:
         assert owner.stdout is not None
         *pids, folder = owner.stdout.readline().split()
         assert len(pids) == 2
-        assert all(is_running(pid) for pid in pids)
+        assert not any(gone(int(pid)) for pid in pids)
         owner.send_signal(signal.SIGKILL)
-    wait_until(lambda: not any(is_running(pid) for pid in pids))
-    wait_until(lambda: not Path(folder).exists())
+    until(lambda: all(gone(int(pid)) for pid in pids), "the end of both")
+    until(lambda: not Path(folder).exists(), "the folder gone")
 
 
 def test_a_server_that_cannot_start_says_why(controlplane: ControlPlane) -> None:

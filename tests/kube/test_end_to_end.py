@@ -10,8 +10,7 @@ import json
 import re
 import secrets
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,9 @@ FOUND = 700  # an H100's factory default, in watts
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
-def stays(node: KubeNode, condition: Callable[[], object], for_s: float) -> None:
-    """Fails as soon as the condition does not hold, up to `for_s` from now."""
-    deadline = time.monotonic() + for_s
-    while time.monotonic() < deadline:
-        assert condition(), node.explain()
-        time.sleep(0.02)
-
-
 def metric(node: KubeNode, name: str, **labels: str) -> float | None:
     """A sample of the watcher's /metrics, None where there is none."""
-    url = f"http://127.0.0.1:{node.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        return exposition.value(answer.read().decode(), name, **labels)
+    return exposition.value(node.page("/metrics")[1], name, **labels)
 
 
 def logged(node: KubeNode, event: str) -> list[str]:
@@ -52,7 +41,7 @@ def logged(node: KubeNode, event: str) -> list[str]:
 
 
 def wait_for_watch(node: KubeNode, audit: Audit) -> None:
-    node.wait_for(lambda: audit.is_watching(node.name), 10, "an open watch")
+    node.wait_for(lambda: audit.is_watching(node.name), "an open watch")
 
 
 def is_held(node: KubeNode) -> bool:
@@ -106,8 +95,8 @@ def test_a_finished_pod_gives_back_when_its_processes_are_gone(
     pod = node.add_pod("job", limit=350, gpus=[0])
     node.wait_for_limit(0, 350)
     node.api.set_phase("default", "job", "Succeeded")
-    node.wait_for(lambda: is_held(node), 5, "held")
-    stays(node, lambda: node.limit_mw(0) == 350_000, 0.3)
+    node.wait_for(lambda: is_held(node), "held")
+    node.stays(lambda: node.limit_mw(0) == 350_000, 0.3)
     node.end_workers(pod)
     node.wait_for_limit(0, FOUND)
     assert node.api.get_pod("default", "job") is not None
@@ -118,8 +107,8 @@ def test_forced_deletion_holds_until_the_processes_end(node: KubeNode) -> None:
     pod = node.add_pod("trainer", limit=350, gpus=[0])
     node.wait_for_limit(0, 350)
     node.kubectl("delete", "pod", "trainer", "--force", "--grace-period=0")
-    node.wait_for(lambda: is_held(node), 5, "held")
-    stays(node, lambda: node.limit_mw(0) == 350_000, 0.3)
+    node.wait_for(lambda: is_held(node), "held")
+    node.stays(lambda: node.limit_mw(0) == 350_000, 0.3)
     node.end_workers(pod)
     node.wait_for_limit(0, FOUND)
 
@@ -133,8 +122,8 @@ def test_a_static_pod_is_known_by_its_mirror_and_no_other_is(node: KubeNode) -> 
     node.workers.of_pod(victim, [node.gpus[1]])
     node.workers.of_pod(mirror, [node.gpus[0]])
     node.wait_for_limit(0, 350)
-    node.wait_for(lambda: len(node.status().pods) == 2, 5, "both pods")
-    stays(node, lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
+    node.wait_for(lambda: len(node.status().pods) == 2, "both pods")
+    node.stays(lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
 
 
 def add_mirror(node: KubeNode, id_: str) -> None:
@@ -156,12 +145,12 @@ def test_an_outage_holds_and_is_caught_up_with(node: KubeNode, audit: Audit) -> 
     writes = len(node.gpus.sets())
     with node.api_outage():
         worker = node.restart_worker(pod, [0])
-        node.wait_for(lambda: worker.pid in pids_seen(node), 5, "the new process seen")
-        node.wait_for(lambda: logged(node, "kubernetes_failing"), 5, "a word about the outage")
-        stays(node, lambda: node.limit_mw(0) == 350_000, 0.5)
+        node.wait_for(lambda: worker.pid in pids_seen(node), "the new process seen")
+        node.wait_for(lambda: logged(node, "kubernetes_failing"), "a word about the outage")
+        node.stays(lambda: node.limit_mw(0) == 350_000, 0.5)
     assert len(node.gpus.sets()) == writes
     node.annotate(pod, 300)
-    node.wait_for_limit(0, 300, deadline_s=10)
+    node.wait_for_limit(0, 300)
     wait_for_watch(node, audit)
     assert_one_list_per_start_and_410(node, audit)
 
@@ -183,7 +172,7 @@ def test_compaction_while_cut_off_costs_one_list_and_loses_nothing(
         with node.api_outage():
             node.cluster.compact()
         assert node.limits_mw() == [350_000, 400_000, 450_000]
-    node.wait_for_limit(0, 300, deadline_s=10)
+    node.wait_for_limit(0, 300)
     node.wait_for_limit(1, FOUND)
     node.annotate(changed, 310)
     node.wait_for_limit(0, 310)
@@ -201,7 +190,7 @@ def test_a_broken_connection_costs_no_list(make_node: MakeNode, audit: Audit) ->
     with node.wire.cut():
         node.annotate(pod, 300)
         node.annotate(pod, 320)
-        stays(node, lambda: node.limit_mw(0) == 350_000, 0.3)
+        node.stays(lambda: node.limit_mw(0) == 350_000, 0.3)
     node.wait_for_limit(0, 320)
     assert audit.count("list", node.name) == 1
 
@@ -234,11 +223,11 @@ def test_a_revoked_token_holds_and_a_new_one_in_the_file_recovers(
     node.annotate(pod, 300)
     refused = re.compile("status 401")
     node.wait_for(
-        lambda: any(map(refused.search, logged(node, "kubernetes_failing"))), 10, "a 401 logged"
+        lambda: any(map(refused.search, logged(node, "kubernetes_failing"))), "a 401 logged"
     )
-    stays(node, lambda: node.limit_mw(0) == 350_000, 0.3)
+    node.stays(lambda: node.limit_mw(0) == 350_000, 0.3)
     node.renew_token()
-    node.wait_for_limit(0, 300, deadline_s=10)
+    node.wait_for_limit(0, 300)
     wait_for_watch(node, audit)
     assert node.pid("watcher") == watcher
 
@@ -253,7 +242,7 @@ def test_a_rotated_token_is_taken_up_unnoticed(make_node: MakeNode, audit: Audit
     node.renew_token()
     forget_tokens(node)
     node.annotate(pod, 300)
-    node.wait_for_limit(0, 300, deadline_s=10)
+    node.wait_for_limit(0, 300)
     assert not [text for text in logged(node, "kubernetes_failing") if "401" in text]
     wait_for_watch(node, audit)
     sent = bytes(node.wire.sent)
@@ -283,14 +272,14 @@ def test_a_missing_rule_is_named_and_limits_hold_until_it_is_back(
     node.wait_for_limit(0, 350)
     set_rules(node, "clusterroles/power-agent", [])
     # The authorizer learns of it through a watch of its own, so perhaps not at once.
-    node.wait_for(lambda: drop_and_look(node), 10, "a 403 logged")
+    node.wait_for(lambda: drop_and_look(node), "a 403 logged")
     node.annotate(pod, 300)
-    stays(node, lambda: node.limit_mw(0) == 350_000, 0.5)
+    node.stays(lambda: node.limit_mw(0) == 350_000, 0.5)
     (text,) = [text for text in logged(node, "kubernetes_failing") if "403" in text]
     assert f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}" in text
     set_rules(node, "clusterroles/power-agent", pasted(text, "ClusterRole"))
-    node.wait_for_limit(0, 300, deadline_s=15)
-    node.wait_for(lambda: logged(node, "kubernetes_answers"), 5, "a word that it is over")
+    node.wait_for_limit(0, 300)
+    node.wait_for(lambda: logged(node, "kubernetes_answers"), "a word that it is over")
     assert audit.count("list", node.name) == 1
 
 
@@ -326,7 +315,7 @@ def test_a_role_is_enough_for_one_namespace(
     node.add_pod("trainer", limit=350, gpus=[0], namespace=team)
     node.start_enforcer()
     node.start_watcher()
-    node.wait_for(lambda: logged(node, "kubernetes_failing"), 10, "a 403 logged")
+    node.wait_for(lambda: logged(node, "kubernetes_failing"), "a 403 logged")
     (text,) = logged(node, "kubernetes_failing")
     role = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
@@ -339,8 +328,8 @@ def test_a_role_is_enough_for_one_namespace(
         "create", "rolebinding", "power-agent", "--namespace", team,
         "--role=power-agent", f"--serviceaccount={team}:reader",
     )  # fmt: skip
-    node.wait_for_limit(0, 350, deadline_s=15)
-    stays(node, lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
+    node.wait_for_limit(0, 350)
+    node.stays(lambda: node.limit_mw(1) == FOUND * 1000, 0.5)
     paths = {entry["requestURI"].partition("?")[0] for entry in audit.requests(node.user)}
     assert paths == {f"/api/v1/namespaces/{team}/pods"}
 
@@ -362,7 +351,7 @@ def test_steady_state_is_one_open_watch_and_nothing_else(make_node: MakeNode, au
     def now() -> tuple[int, int, int]:
         return len(audit.entries()), len(node.gpus.sets()), len(node.log_lines())
 
-    stays(node, lambda: now() == before, 5)
+    node.stays(lambda: now() == before, 5)
     assert audit.is_watching(node.name)
     assert [each for each in node.cluster.request_counts() - counted if each[1] == "pods"] == []
     assert node.status().counters.snapshots >= snapshots + 2  # the heart beats
@@ -374,9 +363,9 @@ def test_nothing_of_a_pod_but_its_metadata_reaches_the_watcher(make_node: MakeNo
     secretive(node, "listed", {ANNOTATION: "350"})
     node.start()
     secretive(node, "watched", {ANNOTATION: "300"})
-    node.wait_for(lambda: len(node.status().pods) == 2, 5, "both pods")
+    node.wait_for(lambda: len(node.status().pods) == 2, "both pods")
     node.kubectl("annotate", "pod", "watched", f"{ANNOTATION}=310", "--overwrite")
-    node.wait_for(lambda: b'limit":"310"' in node.wire.received, 5, "the change")
+    node.wait_for(lambda: b'limit":"310"' in node.wire.received, "the change")
     received = bytes(node.wire.received)
     for expected in (b"PartialObjectMetadataList", b'"listed"', b'"watched"'):
         assert expected in received
@@ -419,13 +408,13 @@ def test_events_are_written_once_the_extra_rule_is_there(make_node: MakeNode) ->
     node = make_node(settings={"POWER_AGENT_EVENTS": "true"})
     pod = node.add_pod("trainer", limit=350, gpus=[0])
     node.wait_for_limit(0, 350)
-    node.wait_for(lambda: logged(node, "event_not_written"), 5, "the missing rule")
+    node.wait_for(lambda: logged(node, "event_not_written"), "the missing rule")
     grant_events(node, logged(node, "event_not_written")[0])
     node.annotate(pod, 90)
     node.wait_for_limit(0, 200)
-    node.wait_for(lambda: "PowerLimitClamped" in reasons(node, pod), 5, "an event")
+    node.wait_for(lambda: "PowerLimitClamped" in reasons(node, pod), "an event")
     node.annotate(pod, "350W")
-    node.wait_for(lambda: "InvalidPowerLimit" in reasons(node, pod), 5, "another")
+    node.wait_for(lambda: "InvalidPowerLimit" in reasons(node, pod), "another")
     assert set(reasons(node, pod).values()) == {"Warning"}
     told = node.kubectl("describe", "pod", "trainer")
     assert re.search(r"Warning +InvalidPowerLimit .* power-agent +.*350W", told), told
@@ -440,7 +429,7 @@ def test_events_of_a_static_pod_are_shown_by_describe(make_node: MakeNode) -> No
     node.workers.of_pod(id_, [node.gpus[0]])
     node.wait_for_limit(0, 350)
     told = "describe", "pod", f"static-{node.name}"
-    node.wait_for(lambda: "PowerLimitApplied" in node.kubectl(*told), 5, "the event")
+    node.wait_for(lambda: "PowerLimitApplied" in node.kubectl(*told), "the event")
 
 
 def grant_events(node: KubeNode, text: str) -> None:
@@ -464,7 +453,6 @@ def grant_events(node: KubeNode, text: str) -> None:
     node.wait_for(
         lambda: node.cluster.kubectl("auth", "can-i", "create", "events", who, check=False)
         .stdout.startswith("yes"),
-        10,
         "the rule in force",
     )  # fmt: skip
 

@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import zmq
 
@@ -21,35 +19,17 @@ from shared import messages as m
 from shared.client import Client
 from shared.sockets import TransportError, control_path
 from tests.simnode.gpus import Kind, SimGpu, SimGpus
+from tests.simnode.node import FAST as SIM_FAST
+from tests.waiting import HANG_S, ended, until
 
 REPOSITORY = Path(__file__).parents[2]
-DEADLINE_S = 8.0
-POLL_S = 0.01
 CONTAINER = "3fa9" * 16
-FAST = {
-    "POWER_AGENT_SCAN_SECONDS": "0.1",
-    "POWER_AGENT_RECONCILE_SECONDS": "0.3",
-    "POWER_AGENT_EXIT_SECONDS": "2",
-}
-
-T = TypeVar("T")
+FAST = {**SIM_FAST, "POWER_AGENT_EXIT_SECONDS": "2"}
 
 
 def pod_uid(number: int) -> str:
     """A pod's uid, the same for the same number."""
     return str(uuid.UUID(int=0x2C1F_7A54_0B6E_4D0B_9A51_0000_0000_0000 + number))
-
-
-def wait_until(
-    condition: Callable[[], T], what: str = "condition", deadline_s: float = DEADLINE_S
-) -> T:
-    """Return what `condition` returned once that was true; an AssertionError after the deadline."""
-    end_s = time.monotonic() + deadline_s
-    while not (found := condition()):
-        if time.monotonic() > end_s:
-            raise AssertionError(f"not within {deadline_s:g} s: {what} (last: {found!r})")
-        time.sleep(POLL_S)
-    return found
 
 
 def pod_cgroup(uid: str, below: str = CONTAINER) -> str:
@@ -124,12 +104,7 @@ class EnforcerNode:
     def __enter__(self) -> EnforcerNode:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._client is not None:
             self._client.close()
         for process in self._processes:
@@ -162,7 +137,7 @@ class EnforcerNode:
         """Start the enforcer and wait until it answers."""
         self.process = self.spawn(**settings)
         pid = self.process.pid
-        wait_until(lambda: self._answers(pid), "the enforcer answers")
+        until(lambda: self._answers(pid), "the enforcer answers")
         return self
 
     def _answers(self, pid: int) -> bool:
@@ -193,13 +168,13 @@ class EnforcerNode:
         """SIGTERM; returns the exit status."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(DEADLINE_S)
+        return ended(self.process)
 
     def run_to_end(self, **settings: str) -> tuple[int, str]:
         """Start an enforcer that is to end by itself; returns exit status and standard error."""
         before = len(self.errors())
         process = self.spawn(**settings)
-        return process.wait(DEADLINE_S), self.errors()[before:]
+        return ended(process), self.errors()[before:]
 
     def lives_for(self, span_s: float) -> None:
         """Let `span_s` pass; an AssertionError where the enforcer ends meanwhile."""
@@ -209,11 +184,6 @@ class EnforcerNode:
         except subprocess.TimeoutExpired:
             return
         raise AssertionError(f"the enforcer ended with status {status}")
-
-    def cpu_s(self) -> float:
-        """CPU time that the enforcer has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     # -- what it says --
 
@@ -283,7 +253,7 @@ class EnforcerNode:
     def send(self, message: m.Snapshot) -> m.Reply:
         """Send a snapshot as it is and return whatever comes back."""
         self._sent = message
-        return self.client.request(message, DEADLINE_S)
+        return self.client.request(message, HANG_S)
 
     def heartbeat(self) -> m.Report:
         """Repeat the last snapshot."""
@@ -294,7 +264,7 @@ class EnforcerNode:
 
     def status(self) -> m.StatusReply:
         """Ask what holds."""
-        reply = self.client.request(m.Status(), DEADLINE_S)
+        reply = self.client.request(m.Status(), HANG_S)
         assert isinstance(reply, m.StatusReply), reply
         return reply
 
@@ -317,7 +287,7 @@ class EnforcerNode:
             sock.linger = 0
             sock.connect(f"ipc://{control_path(self.run_dir)}")
             sock.send_multipart(frames)
-            if not sock.poll(round(DEADLINE_S * 1000) if answered else 500):
+            if not sock.poll(round(HANG_S * 1000) if answered else 500):
                 assert not answered, "no answer"
                 return None
             return m.decode_reply(sock.recv_multipart()[-1])
@@ -360,12 +330,12 @@ class EnforcerNode:
         """The limit that the hardware has, in watts."""
         return self.gpus[number].limit_mw / 1000
 
-    def wait_limit(self, watts: float, number: int = 0, deadline_s: float = DEADLINE_S) -> None:
+    def wait_limit(self, watts: float, number: int = 0) -> None:
         """Wait until the hardware has that limit."""
-        wait_until(
+        until(
             lambda: self.limit(number) == watts,
-            f"GPU {number} at {watts} W (is {self.limit(number)} W)",
-            deadline_s,
+            f"GPU {number} at {watts} W",
+            explain=lambda: f"it has {self.limit(number)} W",
         )
 
     def wait_state(self, state: str, number: int = 0) -> m.Gpu:
@@ -375,13 +345,13 @@ class EnforcerNode:
             gpu = self.gpu(number)
             return gpu if gpu.state == state else None
 
-        found = wait_until(there, f"GPU {number} {state}")
+        found = until(there, f"GPU {number} {state}")
         assert found is not None
         return found
 
     def wait_drifts(self, count: int) -> None:
         """Wait until so many drifts were counted."""
-        wait_until(lambda: self.status().counters.drifts == count, f"{count} drifts counted")
+        until(lambda: self.status().counters.drifts == count, f"{count} drifts counted")
 
     def looks(self, times: int = 3) -> None:
         """Let the enforcer look at the processes and decide that many times (a status is one)."""

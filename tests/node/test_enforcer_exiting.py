@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import EnforcerNode, pod_uid
+from tests.waiting import until
 
 A = pod_uid(1)
 FREEZER = Path("/sys/fs/cgroup/freezer")
@@ -87,7 +88,7 @@ def test_i4_a_living_process_whose_first_thread_has_ended_keeps_its_limit(
         assert process.stdin is not None
         process.stdin.write(b"x")
         process.stdin.flush()
-        wait_until(lambda: shows_the_root(process.pid), "the first thread ends")
+        until(lambda: shows_the_root(process.pid), "the first thread ends")
         node.looks(5)
         assert process.poll() is None  # it lives
         assert node.limit() == 300
@@ -101,7 +102,7 @@ def test_i4_a_worker_that_is_being_torn_down_is_no_stranger(pod_folder: Path) ->
         worker(node, pod_folder, "/bin/cat") as process,
     ):
         process.kill()  # and nobody waits for it yet
-        wait_until(lambda: shows_the_root(process.pid), "it exits")
+        until(lambda: shows_the_root(process.pid), "it exits")
         node.looks(5)
         assert node.limit() == 300
         assert node.gpu().processes == []

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import EnforcerNode, pod_uid
 from tests.simnode import late_signal
+from tests.waiting import ended, until
 
 A, B = pod_uid(1), pod_uid(2)
 
@@ -86,7 +87,7 @@ def test_i9_killed_between_ledger_and_write_is_finished_or_given_back() -> None:
         node.gpus[0].fault("nvmlDeviceSetPowerManagementLimit", delay_ms=3000, error=999, count=1)
         node.revision += 1
         assert node.client.send(node.message({A: 300}))
-        wait_until(node.owned, "the original is on disk")
+        until(node.owned, "the original is on disk")
         node.kill()
         assert node.limit() == 650
         node.start()
@@ -94,16 +95,16 @@ def test_i9_killed_between_ledger_and_write_is_finished_or_given_back() -> None:
         node.end(pid)
         node.snapshot({})
         node.wait_limit(650)
-        wait_until(lambda: node.owned() == {}, "given back")
+        until(lambda: node.owned() == {}, "given back")
 
 
 def test_i2_the_original_is_on_disk_before_the_first_write() -> None:
     with EnforcerNode() as node:
         node.start()
         node.run_pod(A)
-        node.gpus.set_delay_us = 300_000
+        node.gpus.set_delay_us = 3_000_000
         assert node.client.send(node.message({A: 300}))
-        wait_until(node.owned, "the original is on disk")
+        until(node.owned, "the original is on disk")
         assert node.limit() == 700
         node.wait_limit(300)
 
@@ -157,7 +158,7 @@ def test_sigint_ends_it_cleanly_too() -> None:
         node.snapshot({A: 300})
         assert node.process is not None
         node.process.send_signal(signal.SIGINT)
-        assert node.process.wait(5) == 0
+        assert ended(node.process) == 0
         assert node.limit() == 700
 
 
@@ -279,13 +280,13 @@ def test_i5_a_ledger_that_cannot_be_read_is_waited_for_and_nothing_is_done_meanw
         with socket.socket(socket.AF_UNIX) as obstacle:
             obstacle.bind(str(ledger))  # to open one is ENXIO
             node.process = node.spawn()
-            wait_until(lambda: node.logs("ledger"), "it is said")
+            until(lambda: node.logs("ledger"), "it is said")
             (line,) = node.logs("ledger")
             assert "cannot be read: No such device or address" in str(line["why"])
             assert len(node.logs("started")) == 1
             assert node.gpus.open_by() == set()
             aside.rename(ledger)
-        wait_until(lambda: node.logs("started")[1:], "it goes on")
+        until(lambda: node.logs("started")[1:], "it goes on")
         node.snapshot({})
         node.snapshot({}, others=[A])
         node.wait_limit(700)
@@ -297,16 +298,16 @@ def test_i6_a_second_enforcer_waits_and_takes_over() -> None:
         pid = node.run_pod(A)
         node.snapshot({A: 300})
         second = node.spawn()
-        wait_until(lambda: node.logs("waiting"), "the second one says that it waits")
+        until(lambda: node.logs("waiting"), "the second one says that it waits")
         assert str(node.state_dir) in node.logs("waiting")[0]["why"]
         node.snapshot({A: 350})  # the first one is not disturbed
         node.wait_limit(350)
         assert node.status().enforcer.pid == node.pid
         node.kill()
         node.process = second
-        wait_until(lambda: len(node.logs("started")) == 2, "the second one has started")
+        until(lambda: len(node.logs("started")) == 2, "the second one has started")
         assert len(node.logs("waiting")) == 1
-        wait_until(lambda: node.status().enforcer.pid == second.pid, "the second one answers")
+        until(lambda: node.status().enforcer.pid == second.pid, "the second one answers")
         node.end(pid)
         node.snapshot({})
         node.wait_limit(700)
@@ -316,9 +317,9 @@ def test_i6_a_waiting_enforcer_ends_cleanly() -> None:
     with EnforcerNode() as node:
         node.start()
         second = node.spawn()
-        wait_until(lambda: node.logs("waiting"), "the second one says that it waits")
+        until(lambda: node.logs("waiting"), "the second one says that it waits")
         second.terminate()
-        assert second.wait(5) == 0
+        assert ended(second) == 0
         assert node.status().enforcer.pid == node.pid
 
 
@@ -327,8 +328,8 @@ def test_lease_gives_back_after_the_watcher_fell_silent_and_takes_again_when_it_
         node.start()
         node.run_pod(A)
         node.snapshot({A: 300})
-        node.wait_limit(700, deadline_s=60)
-        wait_until(lambda: node.logs("limit_released"), "it is said")
+        node.wait_limit(700)
+        until(lambda: node.logs("limit_released"), "it is said")
         assert "lease" in node.logs("limit_released")[0]["why"]
         node.heartbeat()
         node.wait_limit(300)
@@ -344,9 +345,9 @@ def test_lease_heartbeats_keep_the_limit() -> None:
         def beaten() -> bool:
             node.heartbeat()
             assert node.limit() == 300
-            return node.status().enforcer.uptime_s > first + 8
+            return node.status().enforcer.uptime_s > first + 9
 
-        wait_until(beaten, "longer than the lease", 60)
+        until(beaten, "longer than the lease")
         assert node.writes() == 1
 
 
@@ -357,7 +358,7 @@ def test_lease_counts_from_the_start_when_no_watcher_ever_comes() -> None:
         node.snapshot({A: 300})
         node.kill()
         node.start(lease="release:6")
-        node.wait_limit(700, deadline_s=60)
+        node.wait_limit(700)
 
 
 def test_dry_run_decides_and_reports_and_writes_nothing() -> None:

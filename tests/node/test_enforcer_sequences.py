@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from shared import messages as m
-from tests.node.enforcer_harness import EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import EnforcerNode, pod_uid
+from tests.waiting import until
 
 A, B = pod_uid(1), pod_uid(2)
 UNKNOWN = 999
@@ -68,7 +69,7 @@ def test_i1_a_silent_watcher_is_no_reason_to_write_to_a_strangers_gpu() -> None:
         node.start()
         pid = node.run_pod(A)
         node.snapshot({A: 300})
-        wait_until(lambda: not node.status().watcher.connected, "silence", 15)
+        until(lambda: not node.status().watcher.connected, "silence")
         node.end(pid)
         node.run_host(0)
         node.wait_state("held")
@@ -116,12 +117,10 @@ def test_a_report_on_the_snapshot_that_ends_a_lease_is_of_after_it_was_acted_on(
         node.run_pod(A)
         node.snapshot({A: 300})
         assert node.limit() == 300
-        wait_until(lambda: node.limit() == 700, "lease", 60)
-        began = time.monotonic()
+        until(lambda: node.limit() == 700, "lease")
         report = node.heartbeat()  # the watcher is back and repeats what it wants
         assert report.pods[0].state == "enforced", report.pods[0].reason
-        node.wait_limit(300)
-        assert time.monotonic() - began < 1
+        assert node.limit() == 300
 
 
 def test_i4_silence_raises_nothing_after_a_release_that_was_refused() -> None:
@@ -133,7 +132,7 @@ def test_i4_silence_raises_nothing_after_a_release_that_was_refused() -> None:
         node.end(pid)
         node.snapshot({B: 500})  # A is gone: given back, which the board refuses
         node.wait_state("failed")
-        wait_until(lambda: not node.status().watcher.connected, "silence", 15)
+        until(lambda: not node.status().watcher.connected, "silence")
         node.gpus[0].clear_faults()
         node.looks()
         assert node.limit() == 300
@@ -151,7 +150,7 @@ def test_i10_questions_about_a_held_gpu_are_no_log_lines() -> None:
         node.wait_state("held")
         lines = len(node.logs("gpu_state"))
         shut = len(node.gpus.inits())
-        wait_until(lambda: len(node.gpus.inits()) > shut, "NVML is let go", 10)
+        until(lambda: len(node.gpus.inits()) > shut, "NVML is let go")
         node.status()  # a dashboard that asks now and then
         node.looks()
         assert len(node.logs("gpu_state")) == lines
@@ -166,8 +165,8 @@ def test_a_living_watcher_is_not_refused_until_the_lease_has_given_everything_ba
         node.session = "f" * 32
         node.snapshot({A: 300})  # a second watcher starts, and dies
         node.session = old
-        until = time.monotonic() + 10
-        while time.monotonic() < until:  # the first lives and repeats itself
+        end_s = time.monotonic() + 10
+        while time.monotonic() < end_s:  # the first lives and repeats itself
             node.revision += 1
             node.send(node.message({A: 300}))
             assert node.limit() == 300, "given back though a watcher with the same wish lives"
@@ -212,7 +211,7 @@ def test_a_short_lease_does_not_let_a_replaced_watcher_take_over_between_two_hea
         old = node.message({A: 300})
         node.session, node.revision = "f" * 32, 0
         node.snapshot({A: 500})
-        node.lives_for(1.6)  # and the newer one beats every two seconds
+        node.lives_for(4.5)  # more than half of it, and the newer one beats every two seconds
         refused = node.send(old)
         assert isinstance(refused, m.Error)
         assert refused.code == "stale"

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid, wait_until
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
+from tests.waiting import until
 
 A = pod_uid(1)
 PROBE = ["/bin/sh", str(REPOSITORY / "deploy/probe"), "1"]
@@ -26,7 +27,7 @@ def probe(node: EnforcerNode, path: str = "/nonexistent") -> bool:
 
 
 def wait_for(node: EnforcerNode, *, good: bool, path: str = "/nonexistent") -> None:
-    wait_until(lambda: probe(node, path) == good, f"the probe says {good}", 50)
+    until(lambda: probe(node, path) == good, f"the probe says {good}")
 
 
 def test_of_an_enforcer_that_turns_the_shell_alone_can_tell() -> None:
@@ -60,9 +61,9 @@ def test_one_that_waits_for_anothers_lock_has_not_started() -> None:
         wait_for(node, good=True)
         node.kill()
         other = node.spawn(run_dir=str(node.folder / "other"))
-        wait_until((node.folder / "other/pulse").exists, "another has the lock")
+        until((node.folder / "other/pulse").exists, "another has the lock")
         node.process = node.spawn()
-        wait_until(lambda: node.logs("waiting"), "it waits")
+        until(lambda: node.logs("waiting"), "it waits")
         assert not probe(node)
         assert not probe(node, WITH_POWERCTL)
         other.terminate()

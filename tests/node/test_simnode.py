@@ -9,34 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.node.conftest import FAST, MakeNode
-from tests.simnode.node import SimNode
+from tests.node.conftest import MakeNode
+from tests.simnode.node import FAST, SimNode
 from tests.simnode.programs import children_of
 from tests.simnode.reachable import ROOT, WATCHER_UID, as_user, base_folder
 from tests.simnode.workloads import MadeUpProc, RealCgroups, cgroup2_mounts
+from tests.waiting import ended, gone, until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 EMBEDDED = {k: v for k, v in os.environ.items() if k != "KUBEBUILDER_ASSETS"}
-
-
-def eventually(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def descendants(pid: int) -> set[int]:
@@ -81,11 +67,11 @@ class Up:
         return children_of(supervisord, program)[0]
 
     def assert_gone(self) -> None:
-        eventually(lambda: not any(map(alive, self.pids)), 15, f"processes gone: {self._left()}")
-        eventually(lambda: not any(p.exists() for p in self.made), 15, f"gone: {self.made}")
+        until(lambda: all(map(gone, self.pids)), "processes gone", explain=self._left)
+        until(lambda: not any(p.exists() for p in self.made), f"gone: {self.made}")
 
     def _left(self) -> list[bytes]:
-        return [_command(pid) for pid in self.pids if alive(pid)]
+        return [_command(pid) for pid in self.pids if not gone(pid)]
 
 
 def _command(pid: int) -> bytes:
@@ -126,7 +112,7 @@ def test_kill_9_leaves_nothing_behind(up: Callable[..., Up], tmp_path: Path) -> 
 def test_ctrl_c_leaves_nothing_behind(up: Callable[..., Up]) -> None:
     node = up("--gpus", "1")
     os.killpg(node.process.pid, signal.SIGINT)
-    assert node.process.wait(30) == 0
+    assert ended(node.process) == 0
     node.assert_gone()
 
 
@@ -143,7 +129,7 @@ def test_up_says_how_to_reach_it(up: Callable[..., Up]) -> None:
     assert done.returncode == 0, done.stderr
     assert "worker-0" in done.stdout
     node.process.send_signal(signal.SIGTERM)
-    assert node.process.wait(30) == 0
+    assert ended(node.process) == 0
     node.assert_gone()
 
 
@@ -172,7 +158,7 @@ def test_the_tour_passes() -> None:
 
 def test_the_tour_fails_when_the_agent_does_not_do_its_job() -> None:
     sabotage = "from tests.simnode import tour; tour.SETTINGS['POWER_AGENT_DRY_RUN'] = 'true'"
-    done = _demo(f"{sabotage}; tour._DEADLINE_S = 0.2")
+    done = _demo(f"{sabotage}; tour.HANG_S = 0.2")
     assert done.returncode == 1
     assert "not within" in done.stdout
 
@@ -228,7 +214,7 @@ def test_both_cgroup_drivers_in_both_places(
 def test_what_is_waited_for_in_vain_is_explained(node: SimNode) -> None:
     node.add_pod("trainer", limit=350, gpus=[0])
     with pytest.raises(AssertionError) as caught:
-        node.wait_for_limit(0, 123, deadline_s=1)
+        node.wait_for_limit(0, 123, deadline_s=0.5)
     for part in ("GPU 0 at 123 W", "hardware:", "default/trainer", "limit_set"):
         assert part in str(caught.value)
 
@@ -303,7 +289,7 @@ def test_a_checkout_that_only_root_can_read(tmp_path: Path, prepare: str) -> Non
     assert done.returncode == 0, done.stderr
     copy = Path(done.stdout.splitlines()[-1])
     assert copy.name.startswith("power-agent-sim-copy-")
-    eventually(lambda: not copy.exists(), 10, "the copy gone")
+    until(lambda: not copy.exists(), "the copy gone")
 
 
 @pytest.mark.kube
@@ -315,6 +301,6 @@ def test_the_same_with_a_real_api_server() -> None:
         with node.api_outage():
             assert node.limit_mw(0) == 350_000
         node.annotate(pod, 300)
-        node.wait_for_limit(0, 300, deadline_s=15)
+        node.wait_for_limit(0, 300)
         node.delete_pod(pod)
-        node.wait_for_limit(0, 700, deadline_s=10)
+        node.wait_for_limit(0, 700)

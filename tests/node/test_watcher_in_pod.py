@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.enforcer_harness import wait_until
 from tests.node.watcher_harness import WatcherNode
+from tests.relay import relay
 from tests.simnode.controlplane_certs import make_certificates
 from tests.simnode.kubeapi import KubeApi
+from tests.waiting import ended, until
 
 pytestmark = [
     pytest.mark.root,
@@ -59,19 +60,7 @@ class TlsFront:
             stack.enter_context(contextlib.suppress(OSError))  # a client that trusts another
             client = stack.enter_context(self._context.wrap_socket(plain, server_side=True))
             server = stack.enter_context(socket.create_connection(("127.0.0.1", self._api.port)))
-            back = threading.Thread(target=_pump, args=(server, client))
-            back.start()
-            _pump(client, server)
-            back.join()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    for end in (source, target):
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+            relay(client, server)
 
 
 @pytest.fixture
@@ -131,7 +120,7 @@ def test_a_server_of_another_authority_is_told_nothing(node: WatcherNode, tmp_pa
     other = make_certificates(tmp_path / "other")
     shutil.copy(other.ca, account(tmp_path) / "ca.crt")
     start(node, tmp_path)
-    wait_until(lambda: node.logs("kubernetes_failing"), "the refusal")
+    until(lambda: node.logs("kubernetes_failing"), "the refusal")
     assert "CERTIFICATE_VERIFY_FAILED" in node.logs("kubernetes_failing")[0]["message"]
     assert node.api.count() == 0
     assert node.sent() == []
@@ -141,7 +130,7 @@ def test_without_a_token_it_says_what_to_do(node: WatcherNode, tmp_path: Path) -
     (account(tmp_path) / "token").unlink()
     start(node, tmp_path)
     assert node.process
-    assert node.process.wait(10) == 2
+    assert ended(node.process) == 2
     (line,) = node.errors.splitlines()
     assert "token" in line
     assert "KUBECONFIG is not set" in line

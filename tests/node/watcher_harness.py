@@ -11,23 +11,24 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from enforcer.server import Server
 from shared import messages as m
-from tests.node.enforcer_harness import REPOSITORY, wait_until
+from tests.node.enforcer_harness import REPOSITORY
+from tests.pages import page
 from tests.simnode import exposition
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.kubeapi import KubeApi
+from tests.waiting import until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 NODE = "gpu-node"
 _WAIT_S = 0.05
+# Sooner than anything that the watcher itself waits for, and than a kubelet that kills after 30 s.
+_STOPPED_S = 15.0
 _Answer = Callable[[m.Snapshot], m.Reply]
 
 
@@ -126,13 +127,8 @@ class WatcherNode:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
             sys.stderr.write(self._out.read_text() if self._out.exists() else "")
         self.api.stop()
         if self.process is not None and self.process.poll() is None:
@@ -151,14 +147,14 @@ class WatcherNode:
     def started(self) -> Self:
         """Start the watcher and wait until its watch is open."""
         self.start()
-        wait_until(lambda: self.api.open_watches == 1, "the watch")
+        until(lambda: self.api.open_watches == 1, "the watch")
         return self
 
-    def stop(self, number: int = signal.SIGTERM, within_s: float = 1.0) -> int:
+    def stop(self, number: int = signal.SIGTERM) -> int:
         """Send that signal; return the exit status, which must come in time."""
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(within_s)
+        return self.process.wait(_STOPPED_S)
 
     def pod(self, name: str, limit: str | None = None, **more: Any) -> str:  # noqa: ANN401
         """Make a pod of this node; return its uid."""
@@ -182,7 +178,7 @@ class WatcherNode:
 
     def wait_for(self, **wishes: int | None) -> m.Snapshot:
         """Wait until exactly these wishes (milliwatts) are the newest; return that snapshot."""
-        wait_until(lambda: self.wishes() == wishes, f"the wishes {wishes}")
+        until(lambda: self.wishes() == wishes, f"the wishes {wishes}")
         return self.sent()[-1]
 
     def logs(self, event: str | None = None) -> list[dict[str, Any]]:
@@ -197,26 +193,12 @@ class WatcherNode:
 
     def page(self, path: str) -> tuple[int, str]:
         """(status, text) of a page; status 0 where nobody answers."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-        except OSError as error:
-            return 0, str(error)
+        return page(self.port, path)
 
     def metric(self, name: str, **labels: str) -> float | None:
         """The value of one sample, None where it, or the whole page, is not there."""
         status, text = self.page("/metrics")
         return exposition.value(text, name, **labels) if status == 200 else None
-
-    def stays(self, condition: Callable[[], object], for_s: float) -> None:
-        """Fail as soon as the condition does not hold, up to `for_s` from now."""
-        end_s = time.monotonic() + for_s
-        while time.monotonic() < end_s:
-            assert condition()
-            time.sleep(0.01)
 
     @contextlib.contextmanager
     def outage(self) -> Any:  # noqa: ANN401

@@ -12,8 +12,9 @@ from typing import NoReturn
 from shared import __version__
 from tests.simnode import live, tour
 from tests.simnode.gpus import MODELS
-from tests.simnode.node import NotInTimeError, SimNode
+from tests.simnode.node import SimNode
 from tests.simnode.reachable import UnreachableError
+from tests.waiting import NotInTimeError
 
 
 def main() -> int:

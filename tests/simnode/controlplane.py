@@ -15,7 +15,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from tests.kube import assets
 from tests.simnode.controlplane_certs import Certificates, make_certificates
@@ -73,12 +72,7 @@ class ControlPlane(Objects):
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._undo.close()
 
     def stop_apiserver(self) -> None:

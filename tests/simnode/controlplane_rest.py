@@ -8,10 +8,19 @@ import json
 import ssl
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
-TIMEOUT_S = 30.0
+from tests.waiting import HANG_S
+
+TIMEOUT_S = HANG_S
+# How a connection shows that the server has ended it: without a word of TLS's own, it is an EOF.
+_ENDED_WHILE_IDLE = (
+    http.client.RemoteDisconnected,
+    BrokenPipeError,
+    ConnectionResetError,
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
+)
 MERGE_PATCH = "application/merge-patch+json"
 
 Object = dict[str, Any]
@@ -41,12 +50,7 @@ class RestClient:
     def __enter__(self) -> RestClient:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -72,8 +76,7 @@ class RestClient:
         with self._lock:
             try:
                 return self._exchange(method, path, payload, merged)
-            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-                # The server ended the idle connection; it never saw this request.
+            except _ENDED_WHILE_IDLE:  # the server never saw this request
                 self._connection.close()
                 return self._exchange(method, path, payload, merged)
 

@@ -66,7 +66,7 @@ def watch(node: SimNode, kubeconfig: Path) -> None:
             hints = ["", "From a second terminal (Ctrl-C here ends everything):", ""]
             hints += [f"  {line}" for line in how_to_reach(node, kubeconfig)]
             try:
-                lines = tables.status(node.status(), paint)
+                lines = tables.status(node.status(2.0), paint)
             except UnreachableError as error:
                 lines = [f"the enforcer does not answer: {error}"]
             shown = [*_fitting(lines, hints), *hints]

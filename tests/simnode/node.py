@@ -11,17 +11,16 @@ import json
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from shared.messages import Status, StatusReply
 from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError, ask
 from shared.units import format_watts
+from tests.pages import page
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.gpus import Kind, SimGpus
@@ -31,17 +30,16 @@ from tests.simnode.kubelet import Kubelet
 from tests.simnode.programs import Program, agent_environment, children_of
 from tests.simnode.reachable import ROOT, base_folder, installation, watcher_uid
 from tests.simnode.workloads import Driver, MadeUpProc, Worker, Workers, real_cgroups
+from tests.waiting import HANG_S, NotInTimeError, stays, until
 
 ANNOTATION = "dynamo.nvidia.com/gpu-power-limit"
 CONFIG_HASH = "kubernetes.io/config.hash"
 MANIFEST = ROOT / "deploy" / "power_agent" / "daemonset.yaml"
 _POLL_S = 0.002
+# Processes are looked for ten times a second, so that a test need not wait a second for each.
+FAST = {"POWER_AGENT_SCAN_SECONDS": "0.1", "POWER_AGENT_RECONCILE_SECONDS": "0.3"}
 
 T = TypeVar("T")
-
-
-class NotInTimeError(AssertionError):
-    """What was waited for did not come; the text holds what there was instead."""
 
 
 @dataclass
@@ -107,12 +105,7 @@ class SimNode:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -236,11 +229,11 @@ class SimNode:
     def kill_watcher(self) -> int:
         return self.kill("watcher")
 
-    def status(self, timeout_s: float = 2.0) -> StatusReply:
+    def status(self, timeout_s: float = HANG_S) -> StatusReply:
         """As `powerctl status` gets it; raises UnreachableError."""
         return ask(self.run_dir, Status(), StatusReply, timeout_s)
 
-    def wait_for_link(self, deadline_s: float = 20.0) -> StatusReply:
+    def wait_for_link(self) -> StatusReply:
         """Until the enforcer answers and has heard of the watcher that runs now."""
 
         def linked() -> StatusReply | None:
@@ -251,7 +244,7 @@ class SimNode:
                     return status
             return None
 
-        return self.wait_for(linked, deadline_s, "the enforcer with a snapshot of the watcher")
+        return self.wait_for(linked, "the enforcer with a snapshot of the watcher")
 
     def _check_alive(self) -> None:
         """Nothing comes of waiting for a program that has ended."""
@@ -352,30 +345,34 @@ class SimNode:
         return [gpu.limit_mw for gpu in self.gpus]
 
     def wait_for(
-        self, condition: Callable[[], T | None], deadline_s: float, what: str = "the condition"
+        self, condition: Callable[[], T | None], what: str, deadline_s: float = HANG_S
     ) -> T:
         """The first true answer of `condition`; raises NotInTimeError with all that may explain."""
-        deadline = time.monotonic() + deadline_s
-        while True:
-            if answer := condition():
-                return answer
-            if time.monotonic() > deadline:
-                raise NotInTimeError(f"{what}: not within {deadline_s:g} s\n{self.explain()}")
-            time.sleep(_POLL_S)
+        found = until(condition, what, deadline_s=deadline_s, poll_s=_POLL_S, explain=self.explain)
+        assert found is not None
+        return found
 
-    def wait_for_limit(self, gpu: int, watts: float, deadline_s: float = 5.0) -> None:
+    def page(self, path: str) -> tuple[int, str]:
+        """(status, text) of a page of the watcher; status 0 where nobody answers."""
+        return page(self.metrics_port, path)
+
+    def stays(self, condition: Callable[[], object], for_s: float) -> None:
+        """Fails as soon as the condition does not hold, up to `for_s` from now."""
+        stays(condition, for_s, explain=self.explain)
+
+    def wait_for_limit(self, gpu: int, watts: float, deadline_s: float = HANG_S) -> None:
         wanted_mw = round(watts * 1000)
         self.wait_for(
-            lambda: self.limit_mw(gpu) == wanted_mw, deadline_s, f"GPU {gpu} at {watts:g} W"
+            lambda: self.limit_mw(gpu) == wanted_mw, f"GPU {gpu} at {watts:g} W", deadline_s
         )
 
-    def wait_for_state(self, pod: Pod, state: str, deadline_s: float = 5.0) -> None:
+    def wait_for_state(self, pod: Pod, state: str) -> None:
         def reached() -> bool:
             with contextlib.suppress(UnreachableError):
                 return any(p.uid == pod.uid and p.state == state for p in self.status().pods)
             return False
 
-        self.wait_for(reached, deadline_s, f"pod {pod.name} {state}")
+        self.wait_for(reached, f"pod {pod.name} {state}")
 
     def explain(self) -> str:
         """Hardware, status and the ends of all logs, for whoever reads a failure."""

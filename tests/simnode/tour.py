@@ -15,13 +15,13 @@ from shared.powerctl.ask import UnreachableError
 from shared.units import format_watts
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.gpus import DRIVER_VERSION
-from tests.simnode.node import ANNOTATION, NotInTimeError, Pod, SimNode
+from tests.simnode.node import ANNOTATION, Pod, SimNode
+from tests.waiting import HANG_S, NotInTimeError
 
 GPUS, MODEL = 4, "H100"
 # Drift is noticed when limits are read back; every 15 s by default is long for a tour.
 SETTINGS = {"POWER_AGENT_RECONCILE_SECONDS": "1"}
 _WIDTH = 76
-_DEADLINE_S = 10.0
 _PAUSE_S = 0.3
 
 
@@ -111,7 +111,7 @@ class Tour:
 
     def _shares_a_gpu(self, trainer: Pod) -> None:
         self._node.annotate(trainer, 400)
-        self._node.wait_for_limit(1, 400)
+        self._node.wait_for_limit(1, 400, HANG_S)
         self._step(
             "A second pod on GPU 1 asks for less: the lower limit holds",
             "kubectl apply -f batch.yaml   # annotated with 300",
@@ -179,7 +179,7 @@ class Tour:
 
     def _stops(self) -> None:
         server = self._node.add_pod("server", limit=500, gpus=[2])
-        self._node.wait_for_limit(2, 500)
+        self._node.wait_for_limit(2, 500, HANG_S)
         self._step("End the agent while a pod has a limit", "kubectl delete ds power-agent")
         since = time.monotonic_ns()
         statuses = self._node.stop()
@@ -222,11 +222,11 @@ class Tour:
     ) -> None:
         self.checks += 1
         try:
-            self._node.wait_for(condition, _DEADLINE_S, what)
+            self._node.wait_for(condition, what, HANG_S)
         except NotInTimeError as error:
             self.failures += 1
             self.first_failure = self.first_failure or str(error)
-            self._paper.result(False, f"{what}: not within {_DEADLINE_S:g} s")
+            self._paper.result(False, f"{what}: not within {HANG_S:g} s")
         else:
             self._paper.result(True, what, took_ms())
 
@@ -269,7 +269,7 @@ class Tour:
 
     def _pods(self) -> Sequence[PodStatus]:
         with contextlib.suppress(UnreachableError):
-            return self._node.status().pods
+            return self._node.status(2.0).pods
         return ()
 
     def _sees(self, pod: Pod) -> bool:
@@ -285,7 +285,7 @@ class Tour:
 
     def _gpus(self) -> Sequence[GpuStatus]:
         with contextlib.suppress(UnreachableError):
-            return self._node.status().gpus
+            return self._node.status(2.0).gpus
         return ()
 
     def _originals(self) -> dict[str, int | None]:

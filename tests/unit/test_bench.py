@@ -15,6 +15,7 @@ from tests.bench import __main__ as bench
 from tests.bench import kubelet, machine, parts
 from tests.bench.figures import Figure, percentile, table, verdict
 from tests.bench.parts import Part
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +27,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=HANG_S,
         check=False,
     )
 

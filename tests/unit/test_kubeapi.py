@@ -9,11 +9,10 @@ import json
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -26,6 +25,7 @@ from tests.simnode.kubeapi.representation import choose
 from tests.simnode.kubeapi.resources import RESOURCES
 from tests.simnode.kubeapi.store import Store
 from tests.simnode.kubeapi.watch import Watch, WatchOptions
+from tests.waiting import HANG_S, ended, until
 
 KEY = "dynamo.nvidia.com/gpu-power-limit"
 META_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -47,13 +47,6 @@ def api() -> Iterator[KubeApi]:
         yield api
 
 
-def eventually(true: Callable[[], object], deadline_s: float = 5.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not true():
-        assert time.monotonic() < end, "did not become true in time"
-        time.sleep(0.005)
-
-
 # ------------------------------------------------------------------------------------ clients
 
 
@@ -72,7 +65,7 @@ def ask(
     method: str,
     path: str,
     body: object = None,
-    timeout_s: float = 5.0,
+    timeout_s: float = HANG_S,
     /,
     **headers: str,
 ) -> Answer:
@@ -89,7 +82,7 @@ def ask(
 
 
 def get(api: KubeApi, path: str, **headers: str) -> Answer:
-    return ask(api, "GET", path, None, 5.0, **headers)
+    return ask(api, "GET", path, None, HANG_S, **headers)
 
 
 def names(answer: Answer) -> list[str]:
@@ -100,7 +93,7 @@ class RawWatch:
     """A watch read straight from the socket: chunk by chunk, each one with its time."""
 
     def __init__(self, api: KubeApi, query: str = "", accept: str = "application/json") -> None:
-        self.socket = socket.create_connection(("127.0.0.1", api.port), timeout=5)
+        self.socket = socket.create_connection(("127.0.0.1", api.port), timeout=HANG_S)
         self.file = self.socket.makefile("rb")
         request = f"GET {PODS}?watch=true&{query} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n\r\n"
         self.socket.sendall(request.encode())
@@ -247,13 +240,13 @@ def test_kubectl_watch_shows_each_change(api: KubeApi, kubectl: Kubectl) -> None
 
         assert row()[:2] == ["EVENT", "NAME"]
         assert row()[:2] == ["ADDED", "a"]
-        eventually(lambda: api.open_watches == 1)
+        until(lambda: api.open_watches == 1, "the watch")
         api.annotate("default", "a", KEY, "300")
         assert row()[:4] == ["MODIFIED", "a", "1/1", "Running"]
         api.delete_pod("default", "a")
         assert row()[:4] == ["MODIFIED", "a", "1/1", "Terminating"]
         assert row()[:2] == ["DELETED", "a"]
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 @needs_kubectl
@@ -262,14 +255,14 @@ def test_kubectl_delete_waits_until_the_kubelet_is_done(api: KubeApi, kubectl: K
     api.deletion_hooks.append(told.append)
     uid = api.create_pod("a", node="node-a")["metadata"]["uid"]
     with kubectl.started("delete", "pod", "a") as deleting:
-        eventually(lambda: api.count("watch") == 1)  # kubectl waits
+        until(lambda: api.count("watch") == 1, "the watch")  # kubectl waits
         assert [pod["metadata"]["deletionGracePeriodSeconds"] for pod in told] == [30]
         assert kubectl("get", "pods").splitlines()[1].split()[2] == "Terminating"
         assert deleting.poll() is None
         api.finish_deletion("default", "a", uid="another-uid")
         assert api.get_pod("default", "a") is not None
         api.finish_deletion("default", "a", uid=uid)
-        assert deleting.wait(10) == 0
+        assert ended(deleting) == 0
     assert api.get_pod("default", "a") is None
     api.create_pod("b", node="node-a")
     kubectl("delete", "pod", "b", "--grace-period=0", "--force")
@@ -412,7 +405,7 @@ def test_the_official_client_lists_and_watches(api: KubeApi, tmp_path: Path) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == f"a {{'{KEY}': '300'}}\n"
-        eventually(lambda: api.open_watches == 1)
+        until(lambda: api.open_watches == 1, "the watch")
         api.annotate("default", "a", KEY, "310")
         event = json.loads(client.stdout.readline())
         assert event["object"]["metadata"]["annotations"] == {KEY: "310"}
@@ -656,13 +649,13 @@ def test_a_bookmark_never_overtakes_an_event() -> None:
 
 
 def test_the_server_ends_a_watch_cleanly_after_its_time(api: KubeApi) -> None:
+    started = time.monotonic()
     with RawWatch(api, f"timeoutSeconds=1&{from_now(api)}") as watch:
-        started = time.monotonic()
         assert watch.chunk() is None
-        assert 0.9 < time.monotonic() - started < 2
+        assert time.monotonic() - started >= 1
         watch.socket.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert watch.file.readline().startswith(b"HTTP/1.1 200")
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 INITIAL = "sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true"
@@ -691,25 +684,6 @@ def test_a_new_server_sends_initial_events_and_marks_their_end(k8s: str) -> None
     assert end["object"]["metadata"]["resourceVersion"] == str(version)
 
 
-def test_an_event_leaves_at_once(api: KubeApi) -> None:
-    """From the answer to a PATCH to the receipt by a watcher: no timer in between."""
-    api.create_pod("a", node="node-a")
-    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=5)
-    delays_s = []
-    with RawWatch(api, f"{ON_NODE}&{from_now(api)}", META) as watch:
-        for number in range(100):
-            patch = json.dumps({"metadata": {"annotations": {KEY: str(number)}}})
-            headers = {"Content-Type": MERGE}
-            connection.request("PATCH", f"{DEFAULT_PODS}/a", patch, headers)
-            connection.getresponse().read()
-            answered = time.perf_counter()
-            assert watch.event()["object"]["metadata"]["annotations"] == {KEY: str(number)}
-            delays_s.append(time.perf_counter() - answered)
-    connection.close()
-    # Idle it is some tens of microseconds; Nagle, a poll or a sleep would show as 5 ms and more.
-    assert statistics.median(delays_s) < 0.003
-
-
 def test_a_new_server_marks_the_end_of_the_beginning_unasked(api: KubeApi) -> None:
     """As the real one does for a watch from version 0 that takes bookmarks."""
     api.create_pod("a", node="node-a")
@@ -721,8 +695,8 @@ def test_a_new_server_marks_the_end_of_the_beginning_unasked(api: KubeApi) -> No
 
 def test_a_client_that_hangs_up_is_noticed(api: KubeApi) -> None:
     with RawWatch(api, from_now(api)):
-        eventually(lambda: api.open_watches == 1)
-    eventually(lambda: api.open_watches == 0)
+        until(lambda: api.open_watches == 1, "the watch")
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 def test_a_watcher_that_does_not_read_delays_nobody(api: KubeApi) -> None:
@@ -905,12 +879,12 @@ def test_watches_are_cut_cleanly_or_in_the_middle_of_a_line(api: KubeApi) -> Non
         assert api.cut_watches() == 1
         assert watch.chunk() is None
         assert watch.file.read() == b""
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
     with RawWatch(api, from_now(api)) as watch:
         assert api.cut_watches(mid_line=True) == 1
         with pytest.raises(EOFError):
             watch.chunk()
-    eventually(lambda: api.open_watches == 0)
+    until(lambda: api.open_watches == 0, "the end of the watch")
 
 
 def test_open_watches_can_expire(api: KubeApi) -> None:
@@ -931,7 +905,7 @@ def test_a_frozen_server_accepts_and_says_nothing(api: KubeApi) -> None:
         with pytest.raises(TimeoutError):
             ask(api, "GET", PODS, None, 0.2)
         api.thaw()
-        watch.socket.settimeout(5)
+        watch.socket.settimeout(HANG_S)
         assert b"MODIFIED" in watch.socket.recv(100)
 
 
@@ -995,10 +969,9 @@ def test_slow_answers(api: KubeApi) -> None:
     started = time.monotonic()
     get(api, PODS)
     assert time.monotonic() - started >= 0.2
+    api.slow_down(600, verb="list")
     api.clear_faults()
-    started = time.monotonic()
     get(api, PODS)
-    assert time.monotonic() - started < 0.2
 
 
 def test_requests_are_counted_by_verb(api: KubeApi) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from enforcer.ledger import Ledger, LedgerError, UnreadableError
 from enforcer.policy import Owned
+from tests.small_disk import fill, small_disk
 
 BOOT, OTHER_BOOT = "11111111-aaaa", "22222222-bbbb"
 FIRST = {
@@ -375,47 +376,31 @@ def test_a_state_dir_that_is_no_directory_names_the_setting(tmp_path: Path, kind
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    ballast = disk / "ballast"
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-    return ballast
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 @pytest.mark.root
-def test_a_full_disk_is_an_error_and_loses_nothing(small_disk: Path) -> None:
-    ledger = written(small_disk / "state", FIRST)
-    ballast = fill(small_disk)
+def test_a_full_disk_is_an_error_and_loses_nothing(disk: Path) -> None:
+    ledger = written(disk / "state", FIRST)
+    ballast = fill(disk)
     for _ in range(3):
         with pytest.raises(LedgerError, match="No space left") as caught:
             ledger.store(SECOND)
         assert str(ledger.path) in str(caught.value)
         assert ledger.entries == FIRST
-        assert reopened(small_disk / "state") == (FIRST, [])
+        assert reopened(disk / "state") == (FIRST, [])
     ballast.unlink()
     ledger.store(SECOND)
-    assert reopened(small_disk / "state") == (SECOND, [])
+    assert reopened(disk / "state") == (SECOND, [])
 
 
 @pytest.mark.root
 def test_a_folder_that_can_no_longer_be_changed_is_an_error_and_loses_nothing(
-    small_disk: Path,
+    disk: Path,
 ) -> None:
-    state = small_disk / "state"
+    state = disk / "state"
     ledger = written(state, FIRST)
     frozen = subprocess.run(["chattr", "+i", str(state)], capture_output=True, check=False)
     if frozen.returncode != 0:
@@ -430,15 +415,15 @@ def test_a_folder_that_can_no_longer_be_changed_is_an_error_and_loses_nothing(
 
 
 @pytest.mark.root
-def test_a_read_only_disk_at_start_names_the_setting(small_disk: Path, tmp_path: Path) -> None:
+def test_a_read_only_disk_at_start_names_the_setting(disk: Path, tmp_path: Path) -> None:
     written(tmp_path / "made-here", FIRST)  # its lock stays open and would keep the disk writable
-    shutil.copytree(tmp_path / "made-here", small_disk / "state")
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for state in (small_disk / "state", small_disk / "new"):
+    shutil.copytree(tmp_path / "made-here", disk / "state")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for state in (disk / "state", disk / "new"):
         with pytest.raises(LedgerError, match=r"POWER_AGENT_STATE_DIR=.*Read-only"):
             Ledger(state, BOOT)
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert reopened(small_disk / "state") == (FIRST, [])
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    assert reopened(disk / "state") == (FIRST, [])
 
 
 LIMITED = """

@@ -18,6 +18,7 @@ from typing import Literal
 import pytest
 
 from shared.logs import Level, Log
+from tests.waiting import HANG_S
 
 REPOSITORY = Path(__file__).parents[2]
 EVIL = 'a\nb\r\x1b[31m"\\\u2028\x00\x7f\x85\x9b2J\u202e\udcff'
@@ -102,7 +103,7 @@ def test_a_closed_standard_output_stops_nothing() -> None:
     )
     assert process.stdout
     process.stdout.close()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=HANG_S)
     assert (process.returncode, errors) == (0, "still here")
 
 
@@ -117,7 +118,7 @@ def test_two_writers_on_one_pipe_never_mix_their_lines() -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
         check=True,
     )
     records = [json.loads(line) for line in done.stdout.splitlines()]

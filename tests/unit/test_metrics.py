@@ -6,8 +6,7 @@ import contextlib
 import http.client
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -17,6 +16,7 @@ from shared import __version__
 from shared import messages as m
 from shared.settings import SettingsError
 from tests.simnode.exposition import Family, read
+from tests.waiting import HANG_S, until
 from watcher import health, metrics
 from watcher.metrics import Counts, Link
 from watcher.settings import Address
@@ -291,19 +291,12 @@ def end(server: health.Server) -> None:
 
 def ask(server: health.Server, path: str, method: str = "GET") -> tuple[int, str, str]:
     """Ask from 127.0.0.1, the address of the kubelet here."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANG_S)
     with contextlib.closing(connection):
         connection.request(method, path)
         answer = connection.getresponse()
         with answer:
             return answer.status, answer.headers.get("Content-Type", ""), answer.read().decode()
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    end_s = time.monotonic() + 8
-    while not condition():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.01)
 
 
 def test_pages_have_status_type_and_body(server: health.Server) -> None:

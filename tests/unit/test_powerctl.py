@@ -43,9 +43,10 @@ from shared.powerctl import live, node_checks, reply_checks, tables
 from shared.powerctl.explain import explain, near
 from shared.sockets import control_path
 from tests.simnode import late_signal
+from tests.waiting import HANG_S, ended, joined, until
 
 REPOSITORY = Path(__file__).parents[2]
-DEADLINE_S = 20.0
+DEADLINE_S = HANG_S
 
 UID_A = "2c1f7a54-0b6e-4d0b-9a51-3f4f7c9f0a11"
 UID_B = "7b1d8c02-5f1e-4a9c-8f22-91b0d3e6a7c4"
@@ -209,7 +210,7 @@ class Responder:
 
     def close(self) -> None:
         self._ended.set()
-        self._thread.join(DEADLINE_S)
+        joined(self._thread)
         self._server.close()
 
 
@@ -252,13 +253,6 @@ def powerctl(*arguments: object, **extra: str) -> subprocess.CompletedProcess[st
         check=False,
         env=environment(**extra),
     )
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.005)
 
 
 # ------------------------------------------------------------------------------- exit status
@@ -608,11 +602,11 @@ def test_colours_only_on_a_terminal(run_dir: Path) -> None:
         assert "\x1b" not in powerctl("status", "--socket", run_dir).stdout
         with on_terminal("status", "--socket", str(run_dir)) as (process, screen):
             screen.until(lambda text: "team-a/train" in text, "the table")
-            assert process.wait(DEADLINE_S) == 0
+            assert ended(process) == 0
         assert "\x1b[32mmanaged\x1b[0m" in screen.text
         with on_terminal("status", "--socket", str(run_dir), NO_COLOR="1") as (process, screen):
             screen.until(lambda text: "team-a/train" in text, "the table")
-            assert process.wait(DEADLINE_S) == 0
+            assert ended(process) == 0
         assert "\x1b" not in screen.text
 
 
@@ -841,7 +835,7 @@ def test_top_survives_the_enforcers_restart_and_restores_the_screen(
             screen.until(lambda text: "not reachable" in text, "not reachable")
         process.send_signal(end)
         screen.until(lambda text: "\x1b[?1049l" in text, "the screen restored")
-        assert process.wait(DEADLINE_S) == 0
+        assert ended(process) == 0
         assert screen.text.rstrip().endswith("\x1b[?7h\x1b[?25h\x1b[?1049l")
         assert "Traceback" not in screen.text
 
@@ -946,7 +940,7 @@ def test_events_json_is_one_object_a_line(run_dir: Path) -> None:
         assert json.loads(line)["type"] == "limit_set"
         assert msgspec.convert(json.loads(line), LimitSet) == responder.event
         process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_S) == 0
+        assert ended(process) == 0
 
 
 def test_events_ends_when_its_reader_has_gone_even_if_nothing_happens(run_dir: Path) -> None:
@@ -957,7 +951,7 @@ def test_events_ends_when_its_reader_has_gone_even_if_nothing_happens(run_dir: P
         until(lambda: Ping() in responder.asked, "the ping")
         assert process.stdout
         process.stdout.close()
-        assert process.wait(DEADLINE_S) == 0
+        assert ended(process) == 0
         assert process.stderr
         assert process.stderr.read() == ""
 

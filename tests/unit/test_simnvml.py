@@ -19,6 +19,7 @@ import pytest
 
 from tests.simnode.gpus import MODELS, Kind, SimGpu, SimGpus
 from tests.simnode.nvml import SONAME, build_library
+from tests.waiting import until
 
 UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION = 1, 2, 3, 4
 NOT_FOUND, INSUFFICIENT_SIZE, DRIVER_NOT_LOADED, GPU_IS_LOST = 6, 7, 9, 15
@@ -210,13 +211,6 @@ def sleeper() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change capabilities and uid")
 
 # ---- initialising ----
@@ -271,7 +265,8 @@ def test_who_has_nvml_open_is_known(sim: SimGpus, client: Callable[[], Client]) 
     first("nvmlShutdown")
     assert sim.open_by() == {second.pid}
     os.kill(second.pid, signal.SIGKILL)
-    until(lambda: sim.open_by() == set())  # not reaped yet: a zombie has nothing open
+    # Nobody has reaped it yet: a zombie has nothing open.
+    until(lambda: sim.open_by() == set(), "nothing open")
     assert [(r.pid, r.what) for r in sim.inits()] == [
         (first.pid, "init"),
         (second.pid, "init"),
@@ -507,7 +502,7 @@ def test_kill_9_while_setting_leaves_a_whole_state(
         nvml = client().opened()
         known = len(sim.sets())
         nvml.send("set_for_ever", nvml.device())
-        until(lambda known=known: len(sim.sets()) > known + 20)  # type: ignore[misc]
+        until(lambda known=known: len(sim.sets()) > known + 20, "more sets")  # type: ignore[misc]
         nvml.process.kill()
         nvml.process.wait()
         asked = [record.requested_mw for record in sim.sets()]
@@ -580,7 +575,8 @@ def test_ended_processes_leave_the_list_reaped_or_not(
     name, device = "nvmlDeviceGetComputeRunningProcesses", nvml.device()
     assert len(nvml(name, device)) == 1
     process.kill()
-    until(lambda: nvml(name, device) == [])  # a zombie: nobody has waited for it
+    # Nobody has waited for it: a zombie is not listed.
+    until(lambda: nvml(name, device) == [], "it is listed no more")
     sim[0].keep_dead = True
     assert [p["pid"] for p in nvml(name, device)] == [process.pid]
     process.wait()

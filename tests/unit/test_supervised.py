@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +21,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.waiting import NotInTimeError, ended, gone, until
 
 ROOT = Path(__file__).resolve().parents[2]
 AS_ROOT = os.geteuid() == 0
@@ -59,22 +60,6 @@ while True:
         server.reply(request, messages.Pong(version="stand-in", uptime_s=1.0))
         print(json.dumps({{"component": program, "event": "answered"}}), flush=True)
 """
-
-
-def eventually(condition: Callable[[], object], timeout_s: float) -> None:
-    """Wait until the condition holds; fail when it does not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.05)
-
-
-def gone(pid: int) -> bool:
-    """Say whether a process has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].startswith(b"Z")
-    except FileNotFoundError:
-        return True
 
 
 class Supervised:
@@ -121,9 +106,9 @@ class Supervised:
                 if str(self.home).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
 
-    def wait_for_starts(self, program: str, count: int, timeout_s: float = 15) -> int:
+    def wait_for_starts(self, program: str, count: int) -> int:
         """Wait until a program has started so often; return its latest pid."""
-        eventually(lambda: len(self.pids(program)) >= count, timeout_s)
+        until(lambda: len(self.pids(program)) >= count, f"{count} starts of {program}")
         return self.pids(program)[-1]
 
 
@@ -166,8 +151,8 @@ def running(home: Path) -> Iterator[Supervised]:
     finally:
         supervised.process.terminate()
         try:
-            supervised.process.wait(30)
-        except subprocess.TimeoutExpired:
+            ended(supervised.process)
+        except NotInTimeError:
             supervised.process.kill()
             supervised.process.wait()
             raise
@@ -230,7 +215,7 @@ def a_killed_watcher_comes_back(home: Path) -> None:
 def a_clean_exit_nobody_asked_for_is_mended_too(home: Path) -> None:
     """A stray SIGTERM ends a program with status 0; it is started again all the same."""
     with running(home) as supervised:
-        eventually(lambda: "watcher entered RUNNING" in supervised.err.read_text(), 15)
+        until(lambda: "watcher entered RUNNING" in supervised.err.read_text(), "it runs")
         os.kill(supervised.wait_for_starts("watcher", 1), signal.SIGTERM)
         supervised.wait_for_starts("watcher", 2)
 
@@ -239,19 +224,19 @@ def a_program_that_fails_at_start_is_tried_again(home: Path) -> None:
     """Five failures in a row, where supervisord's default stops for ever after four."""
     (home / "watcher.broken").touch()
     with running(home) as supervised:
-        eventually(lambda: supervised.err.read_text().count("watcher: broken") >= 5, 30)
+        until(lambda: supervised.err.read_text().count("watcher: broken") >= 5, "five tries")
         (home / "watcher.broken").unlink()
-        supervised.wait_for_starts("watcher", 1, 30)
+        supervised.wait_for_starts("watcher", 1)
 
 
 def an_enforcer_that_hangs_is_restarted(home: Path) -> None:
     """It lives and is stopped: only the unanswered pings tell."""
     with running(home) as supervised:
         supervised.wait_for_starts("watcher", 1)
-        eventually(lambda: supervised.said("enforcer", "answered"), 20)
+        until(lambda: supervised.said("enforcer", "answered"), "a ping")
         hung = supervised.wait_for_starts("enforcer", 1)
         os.kill(hung, signal.SIGSTOP)
-        supervised.wait_for_starts("enforcer", 2, 40)
+        supervised.wait_for_starts("enforcer", 2)
         assert gone(hung)
         assert [line["pid"] for line in supervised.said("watchdog", "enforcer_hangs")] == [hung]
         assert len(supervised.pids("watcher")) == 1
@@ -264,7 +249,7 @@ def a_program_beyond_saving_ends_supervisord(home: Path) -> None:
     (home / "enforcer.broken").touch()
     with running(home) as supervised:
         watcher = supervised.wait_for_starts("watcher", 1)
-        supervised.process.wait(30)
+        ended(supervised.process)
         assert [line["program"] for line in supervised.said("watchdog", "beyond_saving")] == [
             "enforcer"
         ]
@@ -277,7 +262,7 @@ def sigterm_stops_both_and_leaves_nothing(home: Path) -> None:
     with running(home) as supervised:
         pids = [supervised.wait_for_starts(name, 1) for name in ("enforcer", "watcher")]
         supervised.process.send_signal(signal.SIGTERM)
-        assert supervised.process.wait(25) == 0
+        assert ended(supervised.process) == 0
         assert all(gone(pid) for pid in pids)
         stopped = [
             json.loads(line)["component"]
@@ -293,7 +278,7 @@ def a_killed_supervisord_takes_both_along(home: Path) -> None:
         pids = [supervised.wait_for_starts(name, 1) for name in ("enforcer", "watcher")]
         supervised.process.kill()
         supervised.process.wait()
-        eventually(lambda: all(gone(pid) for pid in pids), 10)
+        until(lambda: all(gone(pid) for pid in pids), "the end of both")
 
 
 SCENARIOS: list[Scenario] = [

@@ -12,7 +12,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +24,7 @@ import yaml
 from shared.settings import SettingsError
 from tests.simnode.controlplane_certs import Certificates, make_certificates
 from tests.simnode.kubeapi import KubeApi
+from tests.waiting import HANG_S, joined
 from watcher import kube
 from watcher.kube import Api, ApiError
 
@@ -139,7 +139,7 @@ def opened(kubeconfig: Path | str) -> Iterator[Api]:
 
 
 def ask(api: Api, path: str = "/x", query: dict[str, str] | None = None) -> Json:
-    answer = api.get(path, query or {}, accept="application/json", read_timeout_s=5)
+    answer = api.get(path, query or {}, accept="application/json", read_timeout_s=HANG_S)
     found: Json = json.loads(answer.read_all(100_000))
     return found
 
@@ -589,7 +589,7 @@ class Script(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
-        self.join(5)
+        joined(self)
 
 
 def plain(folder: Path, port: int) -> Path:
@@ -646,11 +646,12 @@ def test_a_name_that_nobody_knows_says_so(tmp_path: Path) -> None:
 
 
 def test_silence_ends_with_the_read_timeout(tmp_path: Path) -> None:
-    with Script(b"", stay=True) as server, opened(plain(tmp_path, server.port)) as api:
-        begun_s = time.monotonic()
-        with pytest.raises(ApiError, match="timed out"):
-            api.get("/x", {}, accept="*/*", read_timeout_s=0.2)
-        assert time.monotonic() - begun_s < 2
+    with (
+        Script(b"", stay=True) as server,
+        opened(plain(tmp_path, server.port)) as api,
+        pytest.raises(ApiError, match="timed out"),
+    ):
+        api.get("/x", {}, accept="*/*", read_timeout_s=0.2)
 
 
 @pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
@@ -658,11 +659,12 @@ def test_the_head_of_a_watch_is_not_waited_for_as_long_as_its_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: bytes
 ) -> None:
     monkeypatch.setattr(kube, "_HEAD_S", 0.2)
-    with Script(b"", stay=True) as server, opened(plain(tmp_path, server.port)) as api:
-        begun_s = time.monotonic()
-        with pytest.raises(ApiError, match="timed out"):
-            api.get("/x", {}, accept="*/*", read_timeout_s=300)
-        assert time.monotonic() - begun_s < 2
+    with (
+        Script(b"", stay=True) as server,
+        opened(plain(tmp_path, server.port)) as api,
+        pytest.raises(ApiError, match="timed out"),
+    ):
+        api.get("/x", {}, accept="*/*", read_timeout_s=300)
     said = HEAD + more + b"Transfer-Encoding: chunked\r\n\r\n"
     with Script(said, stay=True) as server, opened(plain(tmp_path, server.port)) as api:
         answer = api.get("/x", {}, accept="*/*", read_timeout_s=300)
@@ -674,23 +676,21 @@ def test_the_head_of_a_watch_is_not_waited_for_as_long_as_its_events(
 def test_bytes_come_as_soon_as_they_are_there(tmp_path: Path) -> None:
     said = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"
     with Script(said, stay=True) as server, opened(plain(tmp_path, server.port)) as api:
-        answer = api.get("/x", {}, accept="*/*", read_timeout_s=5)
+        answer = api.get("/x", {}, accept="*/*", read_timeout_s=300)
         assert answer.read() == b"first"
         threading.Timer(0.05, answer.interrupt).start()
-        begun_s = time.monotonic()
         with contextlib.suppress(ApiError):
             assert answer.read() == b""
-        assert time.monotonic() - begun_s < 2
         answer.close()
 
 
 def test_too_long_a_body_is_refused(tmp_path: Path) -> None:
     said = HEAD + b"Content-Length: 1000\r\n\r\n" + b"x" * 1000
     with Script(said) as server, opened(plain(tmp_path, server.port)) as api:
-        whole = api.get("/x", {}, accept="*/*", read_timeout_s=5).read_all(1000)
+        whole = api.get("/x", {}, accept="*/*", read_timeout_s=HANG_S).read_all(1000)
         assert whole == b"x" * 1000
         with pytest.raises(ApiError, match="longer than 999 bytes"):
-            api.get("/x", {}, accept="*/*", read_timeout_s=5).read_all(999)
+            api.get("/x", {}, accept="*/*", read_timeout_s=HANG_S).read_all(999)
 
 
 @pytest.mark.parametrize(
@@ -733,7 +733,7 @@ def test_half_open_connections_are_noticed_by_the_kernel(tmp_path: Path) -> None
         Script(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", stay=True) as server,
         opened(plain(tmp_path, server.port)) as api,
     ):
-        answer = api.get("/x", {}, accept="*/*", read_timeout_s=5)
+        answer = api.get("/x", {}, accept="*/*", read_timeout_s=HANG_S)
         found: Any = answer._response
         used: socket.socket = found._connection.sock
         assert used.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

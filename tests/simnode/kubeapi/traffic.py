@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Request:
     path: str  # with the query
     accept: str
     user_agent: str
+    at_s: float = field(default_factory=time.monotonic, compare=False)
 
 
 class Traffic:
