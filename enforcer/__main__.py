@@ -32,22 +32,17 @@ def main() -> int:
     log = Log("enforcer", config.log_level, config.log_format)
     stop = StopSignal()
     pulse = Pulse(config.run_dir)
-    nvml, clock = Nvml(), SystemClock()
     try:
-        _refuse_token(config, log)
-        roots = procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
+        roots = _look_around(config, log)
         ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
         if not (_lock(ledger, config, log, stop) and _load(ledger, log, stop)):
             return 0
-        prepare_directory(config.run_dir)
-        privileges.drop()  # before libzmq starts threads: each has its own capabilities
-        procfs.check_sight(config.proc_root)
-        server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
+        server = _listen(config, stop)
     except (LedgerError, TransportError, procfs.BlindError, privileges.DropError) as error:
         settings.exit_usage(_NAME, str(error))
-    server.watch(stop.fileno())
+    nvml = Nvml()
     source = Processes(nvml, procfs.ProcessReader(config.proc_root, roots))
-    world = World(server, nvml, source, Bus(config.sysfs_root), clock)
+    world = World(server, nvml, source, Bus(config.sysfs_root), SystemClock())
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
     log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
     gc.freeze()  # what is here stays: collections in the loop need not walk it
@@ -59,6 +54,22 @@ def main() -> int:
     ledger.close()
     log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
     return 0
+
+
+def _look_around(config: EnforcerSettings, log: Log) -> tuple[str, ...]:
+    """See that this is the host's view; return the cgroups that may hold pods."""
+    _refuse_token(config, log)
+    return procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
+
+
+def _listen(config: EnforcerSettings, stop: StopSignal) -> Server:
+    """Give up power, then listen to those who may ask."""
+    prepare_directory(config.run_dir)
+    privileges.drop()  # before libzmq starts threads: each has its own capabilities
+    procfs.check_sight(config.proc_root)
+    server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
+    server.watch(stop.fileno())
+    return server
 
 
 def _lock(ledger: Ledger, config: EnforcerSettings, log: Log, stop: StopSignal) -> bool:

@@ -279,7 +279,7 @@ class Agent:
             uptime_s=round(self._clock.now_s() - self._desk.started_s, 3),
             node=snapshot.node if snapshot else None,
         )
-        counters = report.counters(self._fleet, self._desk.tally)
+        counters = report.counters(self._fleet, self._desk.tally, self._log.dropped)
         status = m.StatusReply(
             enforcer=me, watcher=watcher, gpus=gpus, pods=pods, counters=counters
         )

@@ -131,7 +131,7 @@ def pods(asked: Iterable[m.DesiredPod], gpus: Iterable[Gpu], shown: Iterable[m.G
     return standing.pods(asked, shown, stances)
 
 
-def counters(gpus: Iterable[Gpu], tally: Tally) -> m.Counters:
+def counters(gpus: Iterable[Gpu], tally: Tally, dropped_log_lines: int) -> m.Counters:
     """Return the totals since the start."""
     known = list(gpus)
     return m.Counters(
@@ -142,4 +142,5 @@ def counters(gpus: Iterable[Gpu], tally: Tally) -> m.Counters:
         denied=tally.denied,
         malformed=tally.malformed,
         stale=tally.stale,
+        dropped_log_lines=dropped_log_lines,
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 import zmq
 
 from shared import messages
+from shared.pace import Bucket
 from shared.sockets import TransportError, connection_event, control_path, events_path
 
 _M_ARENA_MAX = -8  # malloc.h
@@ -39,10 +40,15 @@ _BACKLOG = 64
 _CONNECTIONS = 128  # of one socket; a watcher and a few readers need a handful
 _SUBSCRIPTION_BYTES = 64  # a listener sends subscriptions and its handshake, nothing else
 _TOPICS = 256  # of all listeners; `powerctl` has one, the empty one
-_ENTRIES_S, _ENTRIES = 100.0, 200.0  # connections of one uid: a second, and at once
+# Connections of one uid: a second, and at once.
+_ENTRIES_PER_S = 100.0
+_ENTRIES = 200.0
 _CLOSED_S = 0.2  # how long nobody can connect when there were more
-# A second's credit: a thousand small requests, or 16 MiB.
-_CREDIT_S, _MESSAGE_S, _BYTE_S = 1.0, 1 / 1000, 1 / (16 << 20)
+# Time that requests may take: a second of it buys a thousand small ones, or 16 MiB.
+_CREDIT_S = 1.0
+_MESSAGE_S = 1 / 1000
+_BYTE_S = 1 / (16 << 20)
+_REST_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +194,9 @@ class Server:
             self._resting.register(watched, zmq.POLLIN)
         self._poller.register(self._router.socket, zmq.POLLIN)
         self._refused: int = 0
-        self._entries = dict.fromkeys(self._uids, (_ENTRIES, 0.0))
-        self._credit_s, self._credited_s = _CREDIT_S, time.monotonic()
+        now_s = time.monotonic()
+        self._entries = {uid: Bucket.full(_ENTRIES_PER_S, _ENTRIES, now_s) for uid in self._uids}
+        self._credit = Bucket.full(1.0, _CREDIT_S, now_s)
 
     def watch(self, fd: int) -> None:
         """Let `receive` return when `fd` is readable too."""
@@ -224,26 +231,35 @@ class Server:
 
         Who sends more than the credit allows waits, by the queues of ZeroMQ, and nobody else.
         """
-        now = time.monotonic()
-        for endpoint in (self._router, self._events):
-            if endpoint.closed_until is not None and now >= endpoint.closed_until:
-                self._refused += endpoint.listen()
-            if endpoint.closed_until is not None:
-                timeout_s = min(timeout_s, endpoint.closed_until - now)
-        self._credit_s = min(_CREDIT_S, self._credit_s + now - self._credited_s)
-        self._credited_s = now
-        rests = self._credit_s <= 0
-        wait_s = min(timeout_s, 0.001 - self._credit_s) if rests else timeout_s
+        now_s = time.monotonic()
+        timeout_s = self._listen_again(now_s, timeout_s)
+        self._credit = self._credit.filled(now_s)
+        rests = self._credit.credit <= 0
+        if rests:
+            timeout_s = min(timeout_s, self._credit.short_s(_REST_S))
         poller = self._resting if rests else self._poller
-        ready = dict(poller.poll(max(0, round(wait_s * 1000 + 0.499))))
+        ready = dict(poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
         if self._zap in ready:
             self._answer_zaps()
         for endpoint in (self._router, self._events):
             if endpoint.monitor in ready:
                 self._refused += endpoint.note()
         self._refused += self._events.note_topics()
+        return self._take() if self._router.socket in ready else []
+
+    def _listen_again(self, now_s: float, timeout_s: float) -> float:
+        """Listen again where that is due; return `timeout_s`, or less where it is due before."""
+        for endpoint in (self._router, self._events):
+            if endpoint.closed_until is not None and now_s >= endpoint.closed_until:
+                self._refused += endpoint.listen()
+            if endpoint.closed_until is not None:
+                timeout_s = min(timeout_s, endpoint.closed_until - now_s)
+        return timeout_s
+
+    def _take(self) -> list[Incoming]:
+        """Take the requests that wait, as far as the credit goes."""
         taken: list[Incoming] = []
-        while self._router.socket in ready and len(taken) < _TURN and self._credit_s > 0:
+        while len(taken) < _TURN and self._credit.credit > 0:
             began_s = time.monotonic()
             try:
                 frames = self._frames()
@@ -251,7 +267,7 @@ class Server:
                 break
             # What is thrown away costs what it took: whoever is honest does not wait for more.
             nominal_s = _MESSAGE_S + sum(map(len, frames)) * _BYTE_S
-            self._credit_s -= max(nominal_s, time.monotonic() - began_s)
+            self._credit = self._credit.spent(max(nominal_s, time.monotonic() - began_s))
             taken.append(self._incoming(frames))
         return taken
 
@@ -301,11 +317,9 @@ class Server:
         What waits of one that has gone is taken all the same (router.cpp), and before what others
         send, so there must not come more of it than is taken.
         """
-        credit, credited_s = self._entries[uid]
-        now = time.monotonic()
-        credit = min(_ENTRIES, credit + (now - credited_s) * _ENTRIES_S)
-        enters = credit >= 1
-        self._entries[uid] = credit - enters, now
+        entries = self._entries[uid].filled(time.monotonic())
+        enters = entries.credit >= 1
+        self._entries[uid] = entries.spent(1) if enters else entries
         return enters
 
     def reply(self, incoming: Incoming, message: messages.Reply) -> None:

@@ -91,7 +91,11 @@ class Watcher:
             signal.signal(number, lambda *_: self._stop.set())
 
     def _pages(self) -> dict[str, health.Page]:
-        registry = metrics.registry(self._counts, lambda: self._publisher.link(time.monotonic()))
+        registry = metrics.registry(
+            self._counts,
+            link=lambda: self._publisher.link(time.monotonic()),
+            dropped=lambda: self._log.dropped,
+        )
         return {
             "/metrics": lambda: (200, metrics.CONTENT_TYPE, metrics.page(registry)),
             "/healthz": lambda: health.checklist(self._stuck()),

@@ -77,11 +77,16 @@ class Link:
     current: bool
 
 
-def registry(counts: Counts, link: Callable[[], Link]) -> CollectorRegistry:
-    """Return a registry with all our metrics, and with none of the interpreter or the process."""
+def registry(
+    counts: Counts, link: Callable[[], Link], dropped: Callable[[], int]
+) -> CollectorRegistry:
+    """Return a registry with all our metrics, and with none of the interpreter or the process.
+
+    `dropped` tells how many log lines of the watcher nobody took.
+    """
     made = CollectorRegistry()
     made.register(counts.latency)
-    made.register(_Agent(counts, link))
+    made.register(_Agent(counts, link, dropped))
     return made
 
 
@@ -93,9 +98,12 @@ def page(registered: CollectorRegistry) -> str:
 class _Agent(Collector):
     """Makes the metrics anew for each page, from what is known at that moment."""
 
-    def __init__(self, counts: Counts, link: Callable[[], Link]) -> None:
+    def __init__(
+        self, counts: Counts, link: Callable[[], Link], dropped: Callable[[], int]
+    ) -> None:
         self._counts = counts
         self._link = link
+        self._dropped = dropped
 
     def collect(self) -> Iterator[Metric]:
         link = self._link()
@@ -106,6 +114,7 @@ class _Agent(Collector):
         if report is not None:  # totals stay true while the enforcer is away
             yield from _enforcer_counters(report)
         yield from _watch_counters(self._counts)
+        yield _dropped_lines(self._dropped(), report)
         yield from _link_gauges(link)
 
 
@@ -242,6 +251,18 @@ def _watch_counters(counts: Counts) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "power_agent_list_requests_total", "Lists asked of the API server.", counts.list_requests
     )
+
+
+def _dropped_lines(own: int, report: messages.Report | None) -> Metric:
+    samples: list[Sample] = [(("watcher",), own)]
+    if report is not None:
+        samples.append((("enforcer",), report.counters.dropped_log_lines))
+    family = CounterMetricFamily(
+        "power_agent_dropped_log_lines_total",
+        "Log lines that nobody took.",
+        labels=("component",),
+    )
+    return _filled(family, samples)
 
 
 def _link_gauges(link: Link) -> Iterator[Metric]:

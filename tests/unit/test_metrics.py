@@ -43,6 +43,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "power_agent_enforcer_up": ("gauge", set()),
     "power_agent_snapshot_age_seconds": ("gauge", set()),
     "power_agent_denied_messages_total": ("counter", {"reason"}),
+    "power_agent_dropped_log_lines_total": ("counter", {"component"}),
     "power_agent_build_info": ("gauge", {"version"}),
 }
 OF_THE_WATCHER = {
@@ -53,6 +54,7 @@ OF_THE_WATCHER = {
     "power_agent_enforcer_up",
     "power_agent_snapshot_age_seconds",
     "power_agent_build_info",
+    "power_agent_dropped_log_lines_total",
 }
 COUNTERS_OF_THE_ENFORCER = {
     "power_agent_limit_writes_total",
@@ -101,12 +103,12 @@ def report(gpus: list[m.Gpu], pods: list[m.Pod]) -> m.Report:
         nvml_message="",
         gpus=gpus,
         pods=pods,
-        counters=m.Counters(denied=4, malformed=5, stale=6),
+        counters=m.Counters(denied=4, malformed=5, stale=6, dropped_log_lines=8),
     )
 
 
 def shown(counts: Counts, link: Link) -> str:
-    return metrics.page(metrics.registry(counts, lambda: link))
+    return metrics.page(metrics.registry(counts, lambda: link, lambda: 7))
 
 
 def page(gpus: list[m.Gpu], pods: list[m.Pod], *, current: bool = True) -> dict[str, Family]:
@@ -218,6 +220,11 @@ def test_refused_messages_are_counted_by_reason() -> None:
     denied = page([], [])["power_agent_denied_messages_total"]
     found = {dict(labels)["reason"]: value for (_, labels), value in denied.samples.items()}
     assert found == {"denied": 4, "malformed": 5, "stale": 6}
+
+
+def test_log_lines_that_nobody_took_are_counted_by_program() -> None:
+    lost = page([], [])["power_agent_dropped_log_lines_total"]
+    assert (lost.one(component="watcher"), lost.one(component="enforcer")) == (7, 8)
 
 
 def test_what_the_watcher_counts_is_shown() -> None:

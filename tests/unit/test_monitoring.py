@@ -35,7 +35,7 @@ def everything_served() -> dict[str, set[str]]:
         counters=m.Counters(),
     )  # fmt: skip
     link = metrics.Link(True, 0.0, report, True)
-    page = metrics.page(metrics.registry(metrics.Counts(), lambda: link))
+    page = metrics.page(metrics.registry(metrics.Counts(), lambda: link, lambda: 0))
     served: dict[str, set[str]] = {}
     for name, family in read(page).items():
         suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)

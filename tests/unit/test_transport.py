@@ -25,11 +25,11 @@ import msgspec
 import pytest
 import zmq
 
-from enforcer import server as transport
 from enforcer.server import _TOPICS, Incoming, Server, _credentials
 from shared import messages
 from shared.client import Client, Subscriber
 from shared.messages import MAX_MESSAGE_BYTES, Error, Ping, Pong, SnapshotAccepted, Status
+from shared.pace import Bucket
 from shared.sockets import TransportError, control_path, events_path
 from tests.waiting import HANG_S, ended, joined, until
 
@@ -616,12 +616,9 @@ def test_after_a_crowd_it_listens_again_though_nothing_else_happens(
         assert time.monotonic() - began < HANG_S / 2
 
 
-def test_a_uid_that_enters_too_often_waits_and_then_enters(
-    server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "_ENTRIES_S", 1.0)
-    server._entries = dict.fromkeys(server._entries, (40.0, 0.0))
-    monkeypatch.setattr(transport, "_ENTRIES", 40.0)
+def test_a_uid_that_enters_too_often_waits_and_then_enters(server: Server, run_dir: Path) -> None:
+    slow = Bucket.full(per_s=1.0, most=40.0, now_s=time.monotonic())
+    server._entries = dict.fromkeys(server._entries, slow)
     began, entered = time.monotonic(), 0
     while server.take_refused() == 0:
         assert entered < 80
@@ -909,11 +906,10 @@ def test_a_listener_with_a_topic_that_no_event_has_is_dropped(
         read_until(sock, None, lambda: server.receive(0.01))
 
 
-def test_listeners_that_come_and_go_leave_nothing_behind(
-    server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listeners_that_come_and_go_leave_nothing_behind(server: Server, run_dir: Path) -> None:
     """Also while there is nothing to publish, which may be for months."""
-    monkeypatch.setattr(transport, "_ENTRIES_S", 1e9)  # else they would hardly get in
+    open_door = Bucket.full(per_s=1e9, most=1e9, now_s=time.monotonic())
+    server._entries = dict.fromkeys(server._entries, open_door)  # else they would hardly get in
 
     def resident_pages() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1])
