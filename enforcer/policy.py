@@ -32,6 +32,7 @@ class Stranger(Enum):
 
 
 Occupants = frozenset[str | Stranger]
+Bounds = tuple[int, int]  # the least and the most that may be asked of a GPU, in milliwatts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,7 @@ class Owned:
     aliases: frozenset[str] = frozenset()
 
 
-def bounds(
-    rules: EnforcerSettings, min_mw: int | None, max_mw: int | None
-) -> tuple[int, int] | None:
+def bounds(rules: EnforcerSettings, min_mw: int | None, max_mw: int | None) -> Bounds | None:
     """Return the least and the most that may be asked of a GPU with these limits (I3).
 
     None where the hardware does not tell the most that it takes: then nothing may be asked.
@@ -210,26 +209,40 @@ class _Case:
         asked = [mw for uid in asking if (mw := self.desired.pods[uid]) is not None]
         limits = {_clamped(mw, may) for mw in asked}
         disagree = len(limits) > 1 and self.rules.conflict != "lowest"
+        if limits and not disagree:
+            target_mw, why = _lowest(limits, asked, asking, may)
+            return self._beside(ghosts, asking, may, target_mw, why)
+        return self._by_default(asking, ghosts, may, "pods disagree" if disagree else "")
+
+    def _by_default(
+        self, asking: frozenset[str], ghosts: frozenset[str], may: Bounds, disagree: str
+    ) -> Decision:
+        """Decide where no single wish counts: none is usable, or they `disagree`."""
+        unusable = "annotation unusable"
         default = self.rules.safe_default
-        if not limits and self.owned and self.owned.pods & asking:
-            target, why = self.owned.set_mw, "annotation unusable, the limit it has is kept"
-        elif default and (not limits or disagree):
-            share = default.for_gpu(self.gpu.default_mw)
-            if share is None:
+        if not disagree and self.owned and self.owned.pods & asking:
+            why = f"{unusable}, the limit it has is kept"
+            return self._beside(ghosts, asking, may, self.owned.set_mw, why)
+        if default:
+            default_mw = default.for_gpu(self.gpu.default_mw)
+            if default_mw is None:
                 return self._impossible(f"{default.percent}% of its default, which is not known")
-            target = share
-            why = f"safe default, {'pods disagree' if limits else 'annotation unusable'}"
-        elif ghosts and not limits:
+            why = f"safe default, {disagree or unusable}"
+            return self._beside(ghosts, asking, may, default_mw, why)
+        if ghosts:
             return self._hold(_still_runs(ghosts))
-        elif not limits:
-            return self._give_back(f"the annotation of pod {_names(asking)} is unusable")
-        else:
-            target, why = _lowest(limits, asked, asking, may)
-        if ghosts and self.owned and self.owned.set_mw < max(low, target):
-            if self.owned.set_mw < low:
-                return self._hold(_still_runs(ghosts))
-            target, why = self.owned.set_mw, _still_runs(ghosts)
-        return self._keep(_clamped(target, may), asking | ghosts, why)
+        return self._give_back(f"the annotation of pod {_names(asking)} is unusable")
+
+    def _beside(
+        self, ghosts: frozenset[str], asking: frozenset[str], may: Bounds, target_mw: int, why: str
+    ) -> Decision:
+        """Keep at `target_mw`, or at what `ghosts` have on it where that is less (I4)."""
+        low, _ = may
+        if ghosts and self.owned and self.owned.set_mw < max(low, target_mw):
+            target_mw, why = self.owned.set_mw, _still_runs(ghosts)
+            if target_mw < low:
+                return self._hold(why)
+        return self._keep(_clamped(target_mw, may), asking | ghosts, why)
 
     def _impossible(self, why: str) -> Decision:
         return replace(self._hold(why), state="failed")
@@ -288,20 +301,25 @@ class _Case:
         return Decision("free", f"given back at {w(target)} W: {why}", target, action="release")
 
     def _gives_power(self, decision: Decision) -> bool:
+        """Tell whether it is given back, or raised above what it has and what it was to have."""
+        if decision.action is None:
+            return False
+        if decision.action == "release" or decision.target_mw is None:
+            return True
+        has_mw = self.gpu.limit_mw
         # Without pods it is being given back, which may not have reached the hardware.
-        kept = self.owned if self.owned and self.owned.pods else None
-        has_mw = kept.set_mw if kept else self.gpu.limit_mw
-        raised = has_mw is None or (decision.target_mw or 0) > has_mw
-        return decision.action == "release" or (decision.action is not None and raised)
+        if self.owned and self.owned.pods:
+            has_mw = min(self.owned.set_mw, has_mw or 0)
+        return has_mw is None or decision.target_mw > has_mw
 
 
-def _clamped(limit_mw: int, may: tuple[int, int]) -> int:
+def _clamped(limit_mw: int, may: Bounds) -> int:
     low, high = may
     return max(low, min(high, limit_mw))
 
 
 def _lowest(
-    limits: set[int], asked: list[int], asking: Iterable[str], may: tuple[int, int]
+    limits: set[int], asked: list[int], asking: Iterable[str], may: Bounds
 ) -> tuple[int, str]:
     """Return the lowest of the limits and why: a limit is an upper bound, so it honours all."""
     target, why = min(limits), f"asked by pod {_names(asking)}"
