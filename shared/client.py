@@ -1,4 +1,4 @@
-"""Asking the enforcer and listening to it: what the watcher and powerctl have of the sockets."""
+"""Asking the enforcer and listening to it: the clients' end, for the watcher and powerctl."""
 
 import time
 from pathlib import Path
@@ -75,10 +75,10 @@ class Client:
         deadline = time.monotonic() + timeout_s
         while self._monitor.poll(0):
             self._note()
-        # Where what was sent went is known, or told next.
+        # The connection that the request went over: this one, or the next if it is not up yet.
         sent_over = self.connections + (not self.connected) if self.send(request) else None
         while (left_s := deadline - time.monotonic()) > 0:
-            # The word that it is connected may come before it takes anything (socket_base.cpp,
+            # The socket may say that it is connected before it accepts a message (socket_base.cpp,
             # process_commands).
             unsent = sent_over != self.connections
             replies = self.wait(min(left_s, _AGAIN_S if unsent else _WAIT_S))

@@ -1,7 +1,7 @@
 """Logs: one object a line on standard output, `ts level component event` and what belongs to it.
 
-Nobody waits for whoever reads them: what is not taken is dropped and counted, and the next line
-that is taken comes after one that says how many are missing.
+The program does not wait for their reader. A line that is not taken is dropped and counted, and the
+next one that is taken comes after a line that says how many are missing.
 """
 
 import json
@@ -29,11 +29,11 @@ class Log:
         self._component = component
         self._least = _RANK[level]
         self._form = form
-        # Python has none where it was closed at the start; its number may be another file's then.
+        # None where it was closed at the start: its number may belong to another file then.
         self._output = Output(sys.stdout.fileno() if sys.stdout else None)
         self._lock = threading.Lock()  # the watcher's threads share one log
         self.dropped = 0  # lines that nobody will ever see
-        self._unsaid = 0  # those of them that no line has told of yet
+        self._unsaid = 0  # those of them that no line has reported yet
 
     def debug(self, event: str, **values: object) -> None:
         """Log a detail that only a search for a fault needs."""
@@ -56,7 +56,7 @@ class Log:
             return
         line = self._fitting(level, event, values)
         with self._lock:
-            if self._unsaid:  # in one piece with the line, so that it never stands alone
+            if self._unsaid:  # in one write with the line, so that it never comes alone
                 count: dict[str, object] = {"count": self._unsaid}
                 line = self._line("warning", "log_lines_dropped", count) + line
             if self._output.write(line):

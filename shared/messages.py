@@ -35,7 +35,7 @@ class _Message(Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class _Request(_Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What travels towards root is strict; an answer may say more than a reader knows."""
+    """Requests are decoded strictly; an answer may have fields that its reader does not know."""
 
 
 class DesiredPod(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,7 +64,7 @@ class Status(_Request, frozen=True, kw_only=True, tag="status"):
 
 
 class Ping(_Request, frozen=True, kw_only=True, tag="ping"):
-    """reader -> enforcer: do you still turn?"""
+    """reader -> enforcer: do you still work?"""
 
 
 class Process(Struct, frozen=True, kw_only=True):

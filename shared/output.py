@@ -1,6 +1,6 @@
-"""Writes to a descriptor and hardly waits for whoever reads it; knows nothing of logs.
+"""Writes to a descriptor and hardly waits for its reader; knows nothing of logs.
 
-Setting O_NONBLOCK on standard output itself is no way: the flag belongs to the open file
+O_NONBLOCK cannot be set on standard output itself: the flag belongs to the open file
 description (fcntl(2)), which a terminal, supervisord or another program shares. So:
 
 - A regular file or /dev/null has no reader that could stop: it is written as it is.
@@ -14,8 +14,8 @@ description (fcntl(2)), which a terminal, supervisord or another program shares.
 
 A pipe takes PIPE_BUF bytes whole or not at all (pipe(7)), so lines of two writers never mix.
 
-A reader that is only slow, as on a busy node, should not cost lines: it is waited for a fifth of a
-second, and after that for a hundredth of the time that passes.
+A reader that is only slow, as on a busy node, should not cost lines. So it is waited for: a fifth
+of a second at first, and after that a hundredth of the time that passes.
 """
 
 import os
@@ -45,7 +45,7 @@ class Output:
         if fd is not None:
             self._room.register(fd, select.POLLOUT)
         self._patience = Bucket.full(_PATIENCE_GAINED_S, _PATIENCE_S, time.monotonic())
-        # Only a terminal, a socket or a full disk takes a part; the rest comes before all else.
+        # Only a terminal, a socket or a full disk takes part of a line. Its rest is written first.
         self._rest = b""
 
     def write(self, line: bytes) -> bool:
@@ -59,7 +59,7 @@ class Output:
         return taken > 0
 
     def _take(self, data: bytes) -> int:
-        """Return how many bytes were taken; 0 where nobody takes any, now or ever."""
+        """Return how many bytes were taken; 0 if none can be written now."""
         while True:
             try:
                 taken = self._some(data)

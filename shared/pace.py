@@ -51,21 +51,22 @@ class Backoff:
 
     @property
     def next_wait_s(self) -> float:
-        """How long the next failure lets wait."""
+        """How long to wait after the next failure."""
         doublings = min(self.failures, 64)  # 2.0 ** 1024 is no float
         return float(min(self.most_s, self.first_s * 2.0**doublings))
 
     def failed(self, now_s: float, *, share: float = 1.0, least_s: float = 0.0) -> "Backoff":
         """Return it after one more failure.
 
-        `share` is how much of the wait chance leaves (jitter, drawn by the caller). `least_s` is
-        what the other side asked for (Retry-After); it does not lengthen a wait beyond `most_s`.
+        The wait is multiplied by `share`: a caller that draws it by chance does not come at the
+        same moment as others (jitter). `least_s` is what the other side asked for (Retry-After); it
+        does not lengthen a wait beyond `most_s`.
         """
         wait_s = min(self.most_s, max(self.next_wait_s * share, least_s))
         return replace(self, failures=self.failures + 1, due_s=now_s + wait_s)
 
     def capped(self, failures: int) -> "Backoff":
-        """Return it with at most so many failures counted: the next wait is no longer than that."""
+        """Return it with at most `failures` counted, which also bounds the next wait."""
         return replace(self, failures=min(self.failures, failures))
 
     def cleared(self) -> "Backoff":

@@ -33,7 +33,7 @@ class _Variable:
 
 def text_value(value: str) -> str:
     """Return `value`; raises ValueError where it cannot be printed."""
-    # A byte that is no UTF-8 (os.environ has it as a surrogate) fits into no message.
+    # Bytes that are not UTF-8 (os.environ has them as surrogates) cannot be put into a message.
     if not value.isprintable():
         raise ValueError("not printable text")
     return value
@@ -117,7 +117,7 @@ class CommonSettings:
     )
 
     def check(self) -> None:
-        """Raise SettingsError where two settings contradict each other."""
+        """Raise SettingsError if two settings contradict each other."""
 
 
 S = TypeVar("S", bound=CommonSettings)
@@ -177,7 +177,7 @@ def from_command_line(program: str, purpose: str, kind: type[S]) -> S:
 
 
 def colour_from_environment() -> bool:
-    """Tell whether coloured text is welcome (https://no-color.org)."""
+    """Tell whether coloured text is wanted (https://no-color.org)."""
     return not os.environ.get("NO_COLOR")
 
 

@@ -1,4 +1,4 @@
-"""Becomes one of the two programs: its interpreter, its user, and only its environment."""
+"""Starts one of the two programs in its place: as its user, with only what it may see."""
 
 import ctypes
 import os
@@ -20,9 +20,9 @@ WATCHER_READS = {
     "SSL_CERT_DIR", "SSL_CERT_FILE", "TZ", "WATCH_NAMESPACE",
     "http_proxy", "https_proxy", "no_proxy",
 }  # fmt: skip
-# What has no business in the program that runs as root: credentials and ways to the API, another
-# program's settings, and hooks into Python. The rest stays, because the driver's library reads
-# variables that nobody lists, and KUBERNETES_SERVICE_HOST tells the enforcer where it runs.
+# What the program that runs as root must not see: credentials and ways to the API, another
+# program's settings, and hooks into Python. The rest stays: the driver's library reads variables
+# that are documented nowhere, and KUBERNETES_SERVICE_HOST tells the enforcer where it runs.
 ENFORCER_MUST_NOT_SEE = (
     "HTTP",
     "KUBECONFIG",
@@ -83,8 +83,8 @@ def main() -> None:
                 "privileges; set it to one, or unset it"
             )
         become(int(text))
-    # Where supervisord is not process 1, its sudden death must not leave two behind that nobody
-    # minds: a second enforcer could not take over. (Set last: a change of user forgets it.)
+    # If supervisord is not process 1 and dies suddenly, both programs must end too: a second
+    # enforcer could not take over. (Set last: a change of user clears it.)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     python = interpreter(program)
     arguments = [python, "-I", "-m", program]

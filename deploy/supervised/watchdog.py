@@ -1,13 +1,13 @@
-"""Supervisord's event listener: kills an enforcer that hangs, ends what is beyond saving.
+"""Supervisord's event listener: kills an enforcer that hangs; ends all if a program cannot start.
 
 An enforcer hangs when it answered before and then left several pings in a row unanswered. One
 that never answered may be waiting for another agent on this node to go, so it is given minutes;
-if it did wait, it waits on after its restart. SIGKILL is what it gets: a process that no longer
-turns handles no other signal, and limits and ledger outlive it.
+if it did wait, it waits on after its restart. It gets SIGKILL, because a process that hangs handles
+no other signal. Limits and ledger stay.
 
-It asks over one connection that it keeps, which costs the enforcer one answer in five seconds and
-starts nothing. So it has no use for the pulse, with which the kubelet's probes spare themselves a
-Python (deploy/probe): an answer says more.
+The watchdog asks over one connection that it keeps. That costs the enforcer one answer in five
+seconds and starts no program. So it does not need the pulse, which saves the kubelet's probes the
+start of a Python (deploy/probe). An answer says more.
 """
 
 import contextlib

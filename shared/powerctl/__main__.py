@@ -18,7 +18,7 @@ from shared.powerctl.explain import explain, near
 from shared.settings import DEFAULT_RUN_DIR, colour_from_environment, run_dir_from_environment
 
 GOOD, NOT_WELL, WRONG_USE, UNREACHABLE = 0, 1, 2, 3  # 2 is argparse's own
-_INTERRUPTED = 130  # as a shell has it
+_INTERRUPTED = 130  # as shells report it
 _SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
 _LONGEST_S = 3600.0
 _EPILOG = f"""\
@@ -35,7 +35,7 @@ environment:
 def main() -> None:
     """Run one command and exit with its status."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: the exit status is all that is wanted
+        if getattr(sys, name) is None:  # closed: only the exit status is wanted
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the end
     arguments = _arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -47,10 +47,10 @@ def main() -> None:
         live.note(str(error))
         status = UNREACHABLE
     except KeyboardInterrupt:
-        # The way that top and events end; who asked has no answer, and must not take it for good.
+        # So top and events end. Any other command has no answer, and must not look successful.
         status = GOOD if arguments.command in ("top", "events") else _INTERRUPTED
     except OSError as error:
-        # Whoever read has enough; without this the interpreter's own last flush would complain.
+        # Nobody reads any more. Without this the interpreter's own last flush would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = GOOD
         if not isinstance(error, BrokenPipeError):

@@ -70,7 +70,7 @@ def _connected(run_dir: Path) -> socket.socket:
 def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
     path = control_path(run_dir)
     try:
-        # libzmq greets at once whom it admits and closes on a uid that it does not.
+        # libzmq sends a greeting at once to a uid that it admits, and hangs up on any other.
         with _connected(run_dir) as sock:
             greeting = sock.recv(1)
     except TimeoutError:

@@ -1,11 +1,11 @@
-"""What one check of the doctor's comes to."""
+"""The result of one check of the doctor."""
 
 from typing import Literal
 
 import msgspec
 
 LOG = "look at the enforcer's log"
-# One waits for the ledger's lock before it makes its sockets.
+# An enforcer that waits for the ledger's lock has no sockets yet.
 WAITS = "or it waits for another agent on this node, see its log"
 
 
@@ -19,10 +19,10 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fail(name: str, seen: str, remedy: str) -> Check:
-    """Return what must be mended."""
+    """Return what must be repaired."""
     return Check(name=name, result="fail", seen=seen, remedy=remedy)
 
 
 def warn(name: str, seen: str, remedy: str) -> Check:
-    """Return what may be meant so, but deserves a look."""
+    """Return what may be intended, but is worth a look."""
     return Check(name=name, result="warn", seen=seen, remedy=remedy)

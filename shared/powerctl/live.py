@@ -1,4 +1,4 @@
-"""The two commands that stay: the table that refreshes itself, and the decisions as they happen."""
+"""The two commands that go on until Ctrl-C: `top` and `events`."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def screen() -> Iterator[None]:
 
 
 def top(run_dir: Path, timeout_s: float, paint: tables.Paint) -> None:
-    """Show the status, refreshed each second, until interrupted; outlives the enforcer."""
+    """Show the status, refreshed each second, until interrupted; goes on without the enforcer."""
     with screen():
         while True:
             began = time.monotonic()
@@ -82,7 +82,7 @@ def events(run_dir: Path, timeout_s: float, *, as_json: bool) -> None:
 
 def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json: bool) -> None:
     closed = select.poll()
-    closed.register(sys.stdout.fileno(), 0)  # POLLERR comes unasked once a pipe has no reader
+    closed.register(sys.stdout.fileno(), 0)  # POLLERR comes in any case: nobody reads the pipe
     names: dict[str, str] = {}
     here, check_at = True, time.monotonic() + _CHECK_S
     while not closed.poll(0):
@@ -106,7 +106,7 @@ def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json:
 
 
 def _learn(names: dict[str, str], event: messages.Event, run_dir: Path, timeout_s: float) -> None:
-    """Ask what the pods of `event` are called, once for each; a pod that has gone keeps its uid."""
+    """Ask for the names of the pods of `event`, once for each; a pod that is gone keeps its uid."""
     if isinstance(event, messages.GpuEvent) and not names.keys() >= set(event.pods):
         names.update((uid, tables.escape(uid)) for uid in event.pods)
         with suppress(UnreachableError):
@@ -116,7 +116,7 @@ def _learn(names: dict[str, str], event: messages.Event, run_dir: Path, timeout_
 
 
 def _look(run_dir: Path, timeout_s: float, *, here: bool) -> bool:
-    """Say once when the enforcer goes and once when it is back: silence would look like calm."""
+    """Say once when the enforcer goes and once when it is back: silence would hide it."""
     try:
         ask(run_dir, messages.Ping(), messages.Pong, timeout_s)
     except UnreachableError as error:
@@ -129,7 +129,7 @@ def _look(run_dir: Path, timeout_s: float, *, here: bool) -> bool:
 
 
 def note(text: str) -> None:
-    """Say something beside the output; where that cannot be written, the exit status tells."""
+    """Write to standard error; if that is not possible, the exit status has to do."""
     try:
         sys.stderr.write(tables.escape(f"powerctl: {text}") + "\n")
         sys.stderr.flush()

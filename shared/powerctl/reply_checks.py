@@ -11,7 +11,7 @@ _SAMPLES = 5
 
 
 def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> list[Check]:
-    """Return the checks of the enforcer's answer; `sys_admin`: it was seen to hold that, or not."""
+    """Return the checks of the enforcer's answer; `sys_admin` is what `node_checks` saw of it."""
     return [
         nvml(reply.enforcer),
         permission(reply, sys_admin),
@@ -52,7 +52,7 @@ def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:
         if "permission" in error.lower()
     )
     if refused:
-        return fail(name, f"{refused} writes were refused for want of permission", remedy)
+        return fail(name, f"{refused} writes were refused for lack of permission", remedy)
     if sys_admin is False and not written:
         return fail(name, "the enforcer runs without CAP_SYS_ADMIN", remedy)
     if sys_admin is None and not written:
@@ -63,7 +63,7 @@ def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:
 
 
 def watcher_link(watcher: messages.WatcherStatus) -> Check:
-    """Check that the wishes of the pods arrive."""
+    """Check that what the pods ask for arrives."""
     heard = "never heard" if watcher.age_s is None else f"heard {duration(watcher.age_s)} ago"
     if watcher.connected:
         return Check(name="watcher", seen=f"connected, revision {watcher.revision}, {heard}")

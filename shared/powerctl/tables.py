@@ -1,4 +1,4 @@
-"""Status and events as text for people: pure, and nothing from the wire reaches a terminal raw."""
+"""Status and events as text for people. Pure; all that came over the socket is escaped."""
 
 import re
 import textwrap
@@ -11,7 +11,8 @@ from shared.units import format_watts
 Paint = Callable[[str, str], str]
 
 WIDTH = 100
-# Real uids have 36 characters or 32 (static pods); a made-up short one would garble any text.
+# Real uids have 36 characters, or 32 (static pods). A made-up short one such as `a` would be
+# replaced in the middle of words.
 _UID_CHARS = 32
 _BAD_GPU = ("held", "failed", "lost")
 _COLOURS = {
@@ -70,7 +71,7 @@ def pod_names(reply: messages.StatusReply) -> dict[str, str]:
 
 
 def named(text: str, names: dict[str, str]) -> str:
-    """Return `text`, fit for a terminal, with pods called by name where it calls them by uid."""
+    """Return `text`, safe for a terminal, with the names of pods in place of their uids."""
     text = escape(text)
     for uid, name in names.items():
         if len(uid) >= _UID_CHARS:
@@ -136,7 +137,7 @@ def status(reply: messages.StatusReply, paint: Paint = plain) -> list[str]:
 def table(
     rows: Sequence[Sequence[str]], right: Iterable[int], state: int, paint: Paint
 ) -> list[str]:
-    """Return `rows` (the first is the heading) aligned; the last column may run free."""
+    """Return `rows` (the first is the heading) aligned; the last column is not padded."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

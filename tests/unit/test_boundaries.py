@@ -38,9 +38,9 @@ NOT_AS_ROOT = {
     "pty", "runpy", "shelve", "smtplib", "socketserver", "ssl", "subprocess", "urllib", "xmlrpc",
 }  # fmt: skip
 TOP_LEVEL = {
-    ".ci", ".dockerignore", ".gitattributes", ".gitignore", "Dockerfile", "LICENSE", "Makefile",
-    "README.md", "deploy", "docs", "enforcer", "pyproject.toml", "shared", "supervisord.conf",
-    "tests", "watcher",
+    ".ci", ".dockerignore", ".gitattributes", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md",
+    "Dockerfile", "LICENSE", "Makefile", "README.md", "SECURITY.md", "deploy", "docs", "enforcer",
+    "pyproject.toml", "shared", "supervisord.conf", "tests", "watcher",
 }  # fmt: skip
 EVALUATES = {"eval", "exec", "compile", "__import__"}
 

@@ -22,7 +22,7 @@
     seccompProfile:
       type: RuntimeDefault
   {{- if include "power-agent.metricsPort" . }}
-  # Two minutes: on a node whose processors are all taken its start takes many seconds.
+  # Two minutes: where all processors are busy its start takes many seconds.
   startupProbe:
     httpGet:
       path: /healthz
@@ -37,7 +37,7 @@
     periodSeconds: 10
     timeoutSeconds: 3
     failureThreshold: 3
-  # Ready means: it enforces. Red also while the enforcer or NVML does not answer.
+  # Ready means that it enforces. It is not ready while the enforcer or NVML does not answer.
   readinessProbe:
     httpGet:
       path: /readyz
@@ -103,7 +103,7 @@
     # supervisord starts the watcher as another user, and has to be able to end it.
     {{- include "power-agent.rootSecurityContext" (dict "values" .Values "capabilities" (list "SETUID" "SETGID" "KILL")) | nindent 4 }}
   {{- if include "power-agent.metricsPort" . }}
-  # Two minutes: on a node whose processors are all taken a start takes many seconds.
+  # Two minutes: where all processors are busy a start takes many seconds.
   startupProbe:
     httpGet:
       path: /healthz
@@ -111,7 +111,7 @@
     periodSeconds: 2
     timeoutSeconds: 3
     failureThreshold: 60
-  # The watchdog inside minds both programs; this asks for what it cannot mend.
+  # The watchdog inside watches both programs. This probe is for what it cannot repair.
   livenessProbe:
     httpGet:
       path: /healthz
@@ -119,7 +119,7 @@
     periodSeconds: 20
     timeoutSeconds: 3
     failureThreshold: 6
-  # Ready means: it enforces.
+  # Ready means that it enforces.
   readinessProbe:
     httpGet:
       path: /readyz
