@@ -76,7 +76,7 @@ def _lock(ledger: Ledger, config: EnforcerSettings, log: Log, stop: StopSignal) 
     """Wait for the node's lock; tells whether it is held: else a stop was requested."""
     if not ledger.try_lock():
         log.warning("waiting", why=f"another enforcer on this node holds {config.state_dir}")
-    while not ledger.try_lock():  # whoever holds it may take it again
+    while not ledger.try_lock():  # to call it again while it is held is harmless
         if stop.wait(_RETRY_S):
             return False
     return True

@@ -79,7 +79,7 @@ class Agenda:
     def decided(self, now_s: float) -> "Agenda":
         """Return it after a decision on a changed snapshot.
 
-        A scan is no such decision: it must not make the next change wait.
+        A decision that only a scan caused does not count: it must not delay the next change.
         """
         return replace(self, decided_at_s=now_s)
 

@@ -80,7 +80,7 @@ class Agent:
         due = self._due(desired)
         if due.decide:
             if self._see(desired, due):
-                # To see may have taken half a minute, and the watcher may be silent since.
+                # Reading may have taken half a minute, and the watcher may be silent by now.
                 desired = self._desk.desired()
                 self._act(desired)
             self._tell()
@@ -152,7 +152,7 @@ class Agent:
         return self._fleet.view(desired, self._ledger.entries, needed=self._needed(desired))
 
     def _touched(self, desired: Desired) -> set[str]:
-        """Return the GPUs that a new snapshot bears on: only they are looked at again for it."""
+        """Return the GPUs for which a snapshot changes something: only these are looked at again."""
         decisions = self._plan(desired)
         return {uuid for uuid, decision in decisions.items() if decision.action}
 

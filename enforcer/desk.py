@@ -19,8 +19,8 @@ _LIVING_S = 10.0
 _MISSED_S = 5.0
 # Sessions remembered as replaced.
 _RETIRED = 64
-# Log lines about new sessions: one right after a restart of the watcher is told too, and a storm
-# of sessions is no storm of lines.
+# Log lines about new sessions: one right after a restart of the watcher is told, and many
+# sessions do not flood the log.
 _SESSIONS_PER_S = 0.1
 _SESSIONS = 4.0
 
@@ -128,7 +128,7 @@ class Desk:
             raise m.RefusedError("stale", f"revision {new.revision} came after {last.revision}")
 
     def _gone_s(self) -> float:
-        """Return the silence after which a newer session is gone: before a lease runs out."""
+        """Return how long the newer session must be silent before an older one is taken again."""
         if self._lease_s is None:
             return _LIVING_S
         return min(_LIVING_S, max(_MISSED_S, self._lease_s / 2))

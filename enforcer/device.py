@@ -52,7 +52,7 @@ UNKNOWN = Facts()
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """One GPU of an open session: `handle` is the device's own and is worth nothing after it."""
+    """One GPU; `handle` means something only to the device, and only in the open session."""
 
     uuid: str
     index: int
@@ -62,7 +62,7 @@ class Board:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The boards that answer, and what went wrong that may not do so when it is asked again."""
+    """The boards that answer, and the errors that may be gone at the next try."""
 
     boards: tuple[Board, ...] = ()
     faults: tuple[str, ...] = ()

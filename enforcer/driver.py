@@ -1,6 +1,6 @@
 """The session with the driver: when it is opened, opened anew, and let go. Pure: no NVML here.
 
-A session is dear. Opening one costs one to two seconds with eight GPUs, and half a minute where
+Opening a session is expensive: it takes one to two seconds with eight GPUs, and half a minute where
 persistence mode is off; all wait for it meanwhile. Where it fails, no GPU can be reached at all.
 So a session is kept, and opened anew only for a reason to expect more of it:
 
@@ -26,7 +26,7 @@ from enum import Enum
 
 from shared.pace import Backoff
 
-# What comes back is not listed at once: three tries, after 0, 1 and 3 seconds.
+# A board that is back is listed only after a moment: three tries, after 0, 1 and 3 seconds.
 _TRIES = 3
 # With a GPU missing and no reason to expect it back.
 _WITHOUT_REASON_S = 600.0
@@ -47,7 +47,7 @@ class Step(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A reason to expect more of a new session: how many tries are left, and when."""
+    """A reason to open a new session: how many tries are left, and when the next one is due."""
 
     left: int
     due_s: float
@@ -88,7 +88,10 @@ Driver = Shut | Refused | Open
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What bears on the session. `used`: a GPU that answers is owned, or a pod's that asks."""
+    """What the decision about the session depends on.
+
+    `used`: a GPU that answers is owned, or a pod that asks for something runs on it.
+    """
 
     needed: bool
     missing: bool
@@ -143,14 +146,14 @@ def listed(driver: Open, faults: tuple[str, ...], *, missing: bool, now_s: float
 
 
 def lost_one(driver: Open, due_s: float) -> Open:
-    """Return the state after a GPU was lost: it may be back in a new session, from `due_s` on."""
+    """Return the state after a GPU was lost: a new session may show it, from `due_s` on."""
     if driver.search is not None and driver.search.due_s <= due_s:
         return driver
     return replace(driver, search=Search(_TRIES, due_s))
 
 
 def on_the_bus(driver: Open, devices: Devices, now_s: float) -> Open:
-    """Return the state after a look at the bus: what came to it may be had in a new session."""
+    """Return the state after a look at the bus: a new session may show what came to it."""
     if devices is None or devices == driver.devices:
         return driver
     came = driver.devices is not None and bool(devices - driver.devices)

@@ -1,7 +1,7 @@
 """The GPUs of this node and the session in which they are reached: all reading happens here.
 
-It holds each GPU's value and swaps it for the next one. What a GPU becomes is gpu.py's to say,
-when a session is opened is driver.py's, and what is written is the loop's (agent.py).
+It holds the value of each GPU and replaces it by the next one. gpu.py says what a GPU becomes,
+driver.py says when a session is opened, and the loop (agent.py) does all writing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -80,7 +80,7 @@ class Fleet:
             self._list_again()
 
     def view(self, desired: Desired, owned: Iterable[str], *, needed: bool) -> View:
-        """Return what bears on the session."""
+        """Return what the decision about the session depends on."""
         entries = set(owned)
         return View(
             needed=needed,
@@ -143,7 +143,7 @@ class Fleet:
             )
 
     def _is_back(self, gpu: Gpu, board: Board) -> bool:
-        """Tell whether a GPU that was lost does more than to be listed."""
+        """Tell whether a GPU that was lost answers again, and is not only listed."""
         if not isinstance(gpu.where, Lost):
             return True
         try:
@@ -160,7 +160,7 @@ class Fleet:
         return self.become(*one.lost(gpu, why, self._clock.now_s()))
 
     def _expect(self, before: Gpu) -> None:
-        """Expect a GPU back that was there a moment ago: in a new session."""
+        """Search in a new session for a GPU that was just lost."""
         if isinstance(before.where, Present) and isinstance(self.driver, Open):
             due_s = one.search_s(before, self._clock.now_s())
             self.driver = sessions.lost_one(self.driver, due_s)

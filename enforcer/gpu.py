@@ -153,7 +153,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """The ledger has it, and the hardware has nothing to learn."""
+    """The ledger has it, and nothing has to be written to the hardware."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list
 def lost(gpu: Gpu, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
     """Return the GPU after it did not answer; what was decided about it holds no longer.
 
-    Its `losses` say from when on it may be worth a search.
+    `losses` say when a search for it may begin.
     """
     if isinstance(gpu.where, Lost):
         return replace(gpu, where=replace(gpu.where, why=why)), []
@@ -191,19 +191,19 @@ def lost(gpu: Gpu, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
     if isinstance(gpu.where, Present):
         session = gpu.where.session
         losses = _losses(gpu.losses, gpu.where, now_s).failed(now_s)
-    # Who suffers from it is not forgotten.
+    # Its pods are kept, so that they are shown as failed.
     decision = replace(UNDECIDED, state="lost", reason=why, stances=gpu.decision.stances)
     gone = replace(gpu, where=Lost(why, session), decision=decision, trouble=None, losses=losses)
     return gone, [_told(gone, "gpu_lost", None, why)]
 
 
 def _losses(losses: Backoff, here: Present, now_s: float) -> Backoff:
-    """Return the losses that still count: those before a long time in which all was well do not."""
+    """Return the losses that still count: none, if all was well for longer than the next wait."""
     return losses.cleared() if now_s - here.since_s > losses.next_wait_s else losses
 
 
 def search_s(gpu: Gpu, now_s: float) -> float:
-    """Return from when on a GPU that is lost now is worth a search."""
+    """Return when a search for a GPU that is lost now may begin."""
     if not isinstance(gpu.where, Present):
         return now_s
     due_s = _losses(gpu.losses, gpu.where, now_s).due_s
@@ -211,7 +211,7 @@ def search_s(gpu: Gpu, now_s: float) -> float:
 
 
 def may_be_back(gpu: Gpu, session: int, now_s: float) -> bool:
-    """Tell whether to believe a listing: a handle that became worthless is not asked at once."""
+    """Tell whether to try a listed GPU again: one that was lost in this session waits for that."""
     if not isinstance(gpu.where, Lost) or gpu.where.session != session:
         return True
     return gpu.losses.may(now_s)

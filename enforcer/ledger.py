@@ -25,7 +25,7 @@ _MAX_BYTES = 4 << 20
 _NOT_THERE = (errno.ENOENT,)
 # Something else lies under the name: a directory, or a link, which is not followed.
 _NO_FILE = (errno.EISDIR, errno.ELOOP)
-# What does not parse; and OSError is left here only for what is no file.
+# What does not parse. OSError is here only for a directory or a link.
 _DAMAGE = (OSError, ValueError, RecursionError)
 
 
@@ -132,7 +132,7 @@ class Ledger:
             why = f"{self.path.with_name(name)} cannot be read: {error.strerror}"
             raise UnreadableError(f"{why}; repair that disk; tried again until then") from error
         version = msgspec.json.decode(text, type=_Format).version
-        if version > _VERSION:  # it knows originals that must not be lost to a downgrade
+        if version > _VERSION:  # it has original limits that a downgrade must not lose
             why = f"{self.path.with_name(name)} has format {version} of a newer Power Agent"
             remedy = "start that one, or stop it with POWER_AGENT_ON_EXIT=restore first"
             raise LedgerError(f"{why}: {remedy}")

@@ -49,7 +49,7 @@ def _call(function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN
     except pynvml.NVMLError as error:
         name = _NAMES.get(error.value, f"CODE_{error.value}")
     except UnicodeDecodeError:
-        # nvidia-ml-py decodes every text as UTF-8, and some drivers fill in what is none.
+        # nvidia-ml-py decodes every text as UTF-8, and some drivers return bytes that are not.
         name = "NO_TEXT"
     except pynvml.NVMLLibraryMismatchError:
         name = "FUNCTION_NOT_FOUND"
@@ -116,7 +116,7 @@ class Nvml:
     def read(self, board: Board) -> Reading:
         """Return the limit, and the power drawn and the enforced limit where they are known.
 
-        Not to know these two is no reason to doubt the limit. A GPU that is lost says so again
+        If these two cannot be read, the limit is still believed. A GPU that is lost says so again
         when its processes or its limit are next asked for.
         """
         return Reading(

@@ -18,14 +18,14 @@ Action = Literal["acquire", "adjust", "drift", "note", "release"]
 # living: a complete snapshot came lately; silent: none did, so no power is given; unheard: none
 # ever came to this process.
 Link = Literal["living", "silent", "unheard", "expired", "stopping"]
-# How a GPU's decision looks from one annotated pod on it. held: left as it is, at what is not its
-# limit, or at nobody's. invalid: it asks for nothing usable.
+# What a GPU's decision means for one annotated pod on it. held: the GPU stays as it is, and that is
+# not the pod's limit. invalid: the pod asks for nothing usable.
 Stance = Literal["enforced", "clamped", "conflict", "held", "invalid"]
 _END = {"expired": "watcher silent for longer than the lease", "stopping": "the enforcer stops"}
 
 
 class Stranger(Enum):
-    """Who holds a GPU and is no pod: surely none, or not to be told."""
+    """An occupant that is no pod (OTHER), or of which that cannot be told (UNKNOWN)."""
 
     OTHER = "other"
     UNKNOWN = "unknown"
@@ -156,7 +156,7 @@ class _Case:
         if self.owned and self.gpu.limit_mw is None:
             return self._hold("its limit cannot be read")
         if Stranger.UNKNOWN in self.gpu.occupants:
-            return self._hold("a process on it cannot be told to be a pod's or not")
+            return self._hold("it cannot be told whether a process on it belongs to a pod")
         decision = self._by_pods(self.desired.pods_among(self.gpu.occupants))
         if self.desired.link == "silent" and self._gives_power(decision):
             return self._hold("watcher is silent")
@@ -260,7 +260,7 @@ class _Case:
             action = "drift"
         elif pods != self.owned.pods:
             action = "note"
-        # Only what its processes show: nothing that was merely sent grows the ledger.
+        # Only what its processes show: the ledger must not grow by what was only sent.
         shown = self.desired.ids.keys() & (self.gpu.occupants or ())
         aliases = {alias for alias in shown if self.desired.uid_of(alias) in pods}
         if self.owned and pods & self._ids():

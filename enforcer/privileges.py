@@ -44,8 +44,8 @@ def _drop() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, _DATA_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for capability in range(64):
-        # Refused without CAP_SETPCAP, where whoever started this has narrowed the set himself,
-        # and for numbers that the kernel has no capability for.
+        # The kernel refuses this without CAP_SETPCAP (then the set was narrowed before the start),
+        # and for numbers that are no capability.
         if capability != _CAP_SYS_ADMIN:
             libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)

@@ -30,7 +30,7 @@ def _read(path: str) -> bytes:
 def _stat(directory: str) -> tuple[int | None, bool]:
     """Return when a task started (field 22 of stat, proc(5)) and whether it exits (field 9).
 
-    None and False where there is no stat: a made-up proc root may hold nothing but cgroups.
+    None and False where there is no stat: a test's proc root may have only cgroup files.
     """
     try:
         # The name in parentheses may hold anything, also parentheses.
@@ -44,8 +44,8 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
     """Return what a thread shows that does not exit; raises ProcessLookupError without any.
 
     In a version 1 hierarchy a task that exits shows `/` (kernel/cgroup/cgroup.c,
-    proc_cgroup_show), and a process may outlive its first thread. Returns what no kernel writes
-    where a living one is not found among the first.
+    proc_cgroup_show), and a process may outlive its first thread. Returns an empty text
+    where none of the first threads is alive.
     """
     threads = os.listdir(f"{directory}/task")  # noqa: PTH208 - names are all it takes
     for thread in threads[:_THREADS]:
@@ -104,7 +104,7 @@ def boot_id(proc_root: Path) -> str:
 def check_sight(proc_root: Path) -> None:
     """Raise BlindError where processes of others are hidden: all would look as if they had ended.
 
-    To be asked with the privileges that are kept: hidepid (proc(5)) looks at them.
+    Call this after privileges are dropped: what hidepid (proc(5)) hides depends on them.
     """
     try:
         if "self" in os.listdir(proc_root):  # noqa: PTH208 - else no kernel's, and not complete

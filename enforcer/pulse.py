@@ -30,7 +30,7 @@ class Pulse:
     """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = _uptime_s) -> None:
-        """Remove what an enforcer before this one left: this one does not turn yet."""
+        """Remove what an enforcer before this one left: this one does not work yet."""
         self._path = pulse_path(run_dir)
         self._clock = clock
         self._due_s = 0.0
@@ -50,7 +50,7 @@ class Pulse:
     def _write(self, now_s: int) -> None:
         file = os.open(self._path, _FLAGS, 0o644)
         try:
-            # Always as long as before: on a full tmpfs that needs no new page, and a reader that
+            # Always as long as before: on a full tmpfs writing needs no new page, and a reader that
             # comes between finds digits of both at worst, which is no fresh time. Filled with
             # blanks, since a shell takes 09 for a wrong octal number.
             os.pwrite(file, b"%10d\n" % now_s, 0)

@@ -34,7 +34,7 @@ def about(config: EnforcerSettings, cgroup_roots: Iterable[str], ledger: Path) -
 def nvml_state(driver: Open | Refused, gpus: Iterable[Gpu]) -> tuple[m.NvmlState, str]:
     """Return how NVML does and why.
 
-    It does well while one GPU can be used: a broken one is said, and is no reason to call it so.
+    It is `ok` while one GPU can be used; the message names a broken one.
     """
     if isinstance(driver, Refused):
         return ("absent" if driver.absent else "failing"), driver.why

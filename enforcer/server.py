@@ -120,8 +120,8 @@ class _Endpoint:
     def listen(self) -> int:
         """Listen, again or for the first time; return how many were refused before."""
         refused = 0
-        # Binding waits until libzmq has told its last event, and that waits for this side where
-        # too many lie here unread.
+        # bind waits for libzmq, and libzmq waits for this side while too many events lie unread.
+        # So they are read first.
         while self.monitor.poll(0):
             refused += self.note()
         self.socket.setsockopt(zmq.USE_FD, _listen(self.path))
@@ -265,7 +265,7 @@ class Server:
                 frames = self._frames()
             except zmq.Again:
                 break
-            # What is thrown away costs what it took: whoever is honest does not wait for more.
+            # The time that a dropped message took is charged too: honest clients wait no longer.
             nominal_s = _MESSAGE_S + sum(map(len, frames)) * _BYTE_S
             self._credit = self._credit.spent(max(nominal_s, time.monotonic() - began_s))
             taken.append(self._incoming(frames))
@@ -314,8 +314,8 @@ class Server:
     def _enters(self, uid: int) -> bool:
         """Tell whether one more of that uid may enter now.
 
-        What waits of one that has gone is taken all the same (router.cpp), and before what others
-        send, so there must not come more of it than is taken.
+        Requests of a client that has gone are still delivered (router.cpp), before those of others.
+        So no more of them may arrive than are taken.
         """
         entries = self._entries[uid].filled(time.monotonic())
         enters = entries.credit >= 1

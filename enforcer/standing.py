@@ -70,7 +70,7 @@ def _state(asked: m.DesiredPod, mine: list[Share]) -> tuple[m.PodState, str]:
 
 
 def _unsettled(share: Share) -> tuple[m.PodState, str] | None:
-    """Return the state of a pod one of whose GPUs has not what it is to have."""
+    """Return the state of a pod if this GPU of it does not have its target yet."""
     gpu = share.gpu
     if gpu.target_mw is None:
         # Managed without being owned: decided on in a dry run.

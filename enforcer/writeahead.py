@@ -1,4 +1,4 @@
-"""What the ledger has to say before a batch of writes begins. Pure: no disk, no hardware.
+"""What must be in the ledger before a batch of writes begins. Pure: no disk, no hardware.
 
 I2: the original limit of a GPU is entered before its first write.
 """

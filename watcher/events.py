@@ -104,7 +104,7 @@ class Recorder:
     def take(self, report: messages.Report, asked: list[messages.DesiredPod]) -> None:
         """Note what `report` brings of the pods that `asked`.
 
-        The first one only shows what has been so all along.
+        The first report causes no Events: it shows what was so before.
         """
         pods = {pod.uid: pod for pod in report.pods}
         static_ids = {pod.uid: pod.aliases[0] for pod in asked if pod.aliases}

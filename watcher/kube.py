@@ -34,7 +34,7 @@ _CONNECT_S = 5.0
 _PROMPT_S, _HEAD_S = 60.0, 30.0
 _CHUNK_BYTES = 64 * 1024
 _STATUS_BYTES = 16 * 1024  # of an error's body, whose `message` says what was wrong
-# A peer that is gone without a word (node replaced, NAT entry lost) is noticed after about 25 s,
+# A peer that disappears (node replaced, NAT entry lost) is noticed after about 25 s,
 # also (the last one) while something that was sent is not acknowledged.
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -301,7 +301,7 @@ def _ask_plugin(kubeconfig: str) -> None:
 
 
 def _check(configuration: Configuration) -> None:
-    """Refuse what no request could succeed with; raises ApiError."""
+    """Refuse a configuration with which no request could succeed; raises ApiError."""
     host = str(configuration.host)
     if not urlsplit(host).hostname or not host.startswith(("https://", "http://")):
         raise ApiError(f"the server {host!r} is no https:// address")
@@ -333,7 +333,7 @@ def _mapped_errors() -> Iterator[None]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return what lies at the bottom: urllib3 wraps it in texts that hold memory addresses."""
+    """Return the first cause: urllib3 wraps it in texts that hold memory addresses."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return error

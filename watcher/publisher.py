@@ -1,4 +1,4 @@
-"""Tells the enforcer what is wanted: at once when it changes, again and again while it does not.
+"""Tells the enforcer what is wanted: at once when it changes, and every two seconds.
 
 Rules:
 1. Without a complete list the enforcer is only pinged: "not known" is not "nothing".
@@ -72,7 +72,7 @@ class Mailbox:
             os.write(self._ring_fd, b"\0")
 
     def take(self) -> tuple[Mapping[str, Pod] | None, float | None]:
-        """Return what waits, None where nothing does, and silence the bell."""
+        """Return what waits, None where nothing does, and clear the wake-up."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.wake_fd, 4096)
         with self._lock:

@@ -186,7 +186,7 @@ def verdict(state: State, error: ApiError | None, now_s: float) -> Verdict:
 
 
 def after_end(state: State, error: ApiError | None, judged: Verdict) -> State:
-    """Return where to go on: from the beginning only without a common past."""
+    """Return where to go on: from a new list only if the server does not know our version."""
     if isinstance(state, Listing):
         return state
     if error is not None and judged.cause == "expired":
@@ -195,7 +195,7 @@ def after_end(state: State, error: ApiError | None, judged: Verdict) -> State:
         return Relisting(state.version)
     if isinstance(state, Watching) and error is None:
         return Resuming(state.version, state.doubtful)
-    # A doubt that the server does not let be settled must not cost the watch.
+    # If the server refuses the list that would settle the doubt, the watch goes on.
     if isinstance(state, Relisting) and error is not None and error.status not in (400, 403, 422):
         return state
     return Resuming(state.version, doubtful=True)

@@ -23,7 +23,7 @@ EMPTY = Content([], [])
 
 
 def content(pods: Iterable[Pod]) -> Content:
-    """Return what is wanted of this node, in an order of its own; raises TooMuchError."""
+    """Return what is wanted of this node, in a fixed order; raises TooMuchError."""
     ordered = sorted(pods, key=lambda pod: (pod.namespace, pod.name, pod.uid))
     aliases = _aliases(ordered)
     wanted = [_desired(pod, aliases[pod.uid]) for pod in ordered if pod.wish is not None]
