@@ -152,7 +152,7 @@ class Agent:
         return self._fleet.view(desired, self._ledger.entries, needed=self._needed(desired))
 
     def _touched(self, desired: Desired) -> set[str]:
-        """Return the GPUs for which a snapshot changes something: only these are looked at again."""
+        """Return the GPUs for which a snapshot changes something: only these are seen again."""
         decisions = self._plan(desired)
         return {uuid for uuid, decision in decisions.items() if decision.action}
 
