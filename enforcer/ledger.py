@@ -19,7 +19,10 @@ import msgspec
 
 from enforcer.policy import Owned
 
-_FILE, _BEFORE, _NEXT, _LOCK = "ledger.json", "ledger.previous.json", "ledger.next", "lock"
+_FILE = "ledger.json"
+_BEFORE = "ledger.previous.json"
+_NEXT = "ledger.next"
+_LOCK = "lock"
 _VERSION: Literal[1] = 1
 _MAX_BYTES = 4 << 20
 _NOT_THERE = (errno.ENOENT,)
@@ -58,7 +61,8 @@ class Ledger:
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
         """Open the directory; raises LedgerError."""
-        self.path, self._boot_id = state_dir / _FILE, boot_id
+        self.path = state_dir / _FILE
+        self._boot_id = boot_id
         self.entries: Mapping[str, Owned] = {}
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -7,7 +7,9 @@ have them are stale.
 import ctypes
 import resource
 
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38  # linux/prctl.h
+# linux/prctl.h
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h, where a set has 64 bits
 # nvmlDeviceSetPowerManagementLimit: the driver asks for CAP_SYS_ADMIN (open-gpu-kernel-modules,
 # nv-linux.h, NV_IS_SUSER). Reading /proc/<pid>/cgroup and stat takes none (both are 0444), the

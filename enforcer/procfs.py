@@ -69,7 +69,8 @@ class ProcessReader:
     """Tells whose process a pid is; believes nothing beyond one call."""
 
     def __init__(self, proc_root: Path, roots: Sequence[str]) -> None:
-        self._proc, self.roots = proc_root, tuple(roots)
+        self._proc = proc_root
+        self.roots = tuple(roots)
 
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Return the pod's uid or what else `pid` is, None if it ended, and the evidence.

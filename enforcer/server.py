@@ -126,7 +126,8 @@ class _Endpoint:
             refused += self.note()
         self.socket.setsockopt(zmq.USE_FD, _listen(self.path))
         self.socket.bind(f"ipc://{self.path}")
-        self.closed_until, self.connections = None, 0
+        self.closed_until = None
+        self.connections = 0
         if self.socket.type == zmq.PUB:
             self.topics = int(self.socket.getsockopt(zmq.TOPICS_COUNT))
         return refused
@@ -188,7 +189,8 @@ class Server:
         libc.mallopt(_M_ARENA_MAX, 1)
         self._router = self._open(zmq.ROUTER, control_path(run_dir), messages.MAX_MESSAGE_BYTES)
         self._events = self._open(zmq.PUB, events_path(run_dir), _SUBSCRIPTION_BYTES)
-        self._poller, self._resting = zmq.Poller(), zmq.Poller()
+        self._poller = zmq.Poller()
+        self._resting = zmq.Poller()
         for watched in (self._zap, self._router.monitor, self._events.monitor):
             self._poller.register(watched, zmq.POLLIN)
             self._resting.register(watched, zmq.POLLIN)

@@ -42,8 +42,11 @@ class Watcher:
 
     def __init__(self, settings: WatcherSettings, log: Log) -> None:
         """Put the parts together; raises SettingsError."""
-        self._settings, self._log = settings, log
-        self._stop, self._counts, self._mailbox = threading.Event(), metrics.Counts(), Mailbox()
+        self._settings = settings
+        self._log = log
+        self._stop = threading.Event()
+        self._counts = metrics.Counts()
+        self._mailbox = Mailbox()
         self._api = Api(settings.kubeconfig, in_kubernetes=settings.in_kubernetes)
         self._recorder = Recorder(self._api, settings.node, log) if settings.events else None
         on_report = self._recorder.take if self._recorder else lambda *_: None

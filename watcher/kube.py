@@ -31,7 +31,8 @@ from shared.settings import SettingsError
 
 _CONNECT_S = 5.0
 # An answer that may take longer is a watch: its head comes at once, or the server hangs.
-_PROMPT_S, _HEAD_S = 60.0, 30.0
+_PROMPT_S = 60.0
+_HEAD_S = 30.0
 _CHUNK_BYTES = 64 * 1024
 _STATUS_BYTES = 16 * 1024  # of an error's body, whose `message` says what was wrong
 # A peer that disappears (node replaced, NAT entry lost) is noticed after about 25 s,
@@ -106,7 +107,8 @@ class Api:
         # The library logs with the root logger, which prints to stderr where nobody has set it up.
         logging.basicConfig(handlers=[logging.NullHandler()])
         urllib3.disable_warnings(InsecureRequestWarning)
-        self._kubeconfig, self._in_kubernetes = kubeconfig, in_kubernetes
+        self._kubeconfig = kubeconfig
+        self._in_kubernetes = in_kubernetes
         self._configuration, self._pool = self._open()
 
     @property
@@ -143,7 +145,8 @@ class Api:
         except SettingsError as error:
             raise ApiError(f"cannot read the credentials again: {error}", 401) from error
         self.close()
-        self._configuration, self._pool = configuration, pool
+        self._configuration = configuration
+        self._pool = pool
 
     def close(self) -> None:
         """Close the connections that nobody uses just now."""

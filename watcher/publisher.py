@@ -106,8 +106,12 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is sent before `run`. `on_report` gets what was asked for too."""
-        self._client, self._mailbox, self._node = client, mailbox, node
-        self._counts, self._log, self._on_report = counts, log, on_report
+        self._client = client
+        self._mailbox = mailbox
+        self._node = node
+        self._counts = counts
+        self._log = log
+        self._on_report = on_report
         self._clock = clock
         self._session = secrets.token_hex(16)
         self._content = snapshot.EMPTY
@@ -213,10 +217,12 @@ class Publisher:
             self._due_at = now + self._retry.left_s(now)
 
     def _take(self, reply: messages.Reply, now: float) -> None:
-        self._heard, self._owed_since = True, None
+        self._heard = True
+        self._owed_since = None
         match reply:
             case messages.Report() if reply.session == self._session:
-                self._reported_at, self._report = now, reply
+                self._reported_at = now
+                self._report = reply
                 self._accepted()
                 self._measure(reply, now)
                 self._on_report(reply, self._content.pods)
@@ -246,7 +252,8 @@ class Publisher:
     def _refuse(self, code: str, problem: str) -> None:
         if code != self._refused_code:
             self._log.error("enforcer_refuses", code=code, message=problem)
-        self.refused, self._refused_code = problem, code
+        self.refused = problem
+        self._refused_code = code
 
     def _accepted(self) -> None:
         if self.refused is not None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shared.messages import MAX_PODS, DesiredPod
+from watcher.annotations import Wish
 from watcher.metadata import Pod
 
 
@@ -26,7 +27,7 @@ def content(pods: Iterable[Pod]) -> Content:
     """Return what is wanted of this node, in a fixed order; raises TooMuchError."""
     ordered = sorted(pods, key=lambda pod: (pod.namespace, pod.name, pod.uid))
     aliases = _aliases(ordered)
-    wanted = [_desired(pod, aliases[pod.uid]) for pod in ordered if pod.wish is not None]
+    wanted = [_desired(pod, pod.wish, aliases[pod.uid]) for pod in ordered if pod.wish is not None]
     others = [id_ for pod in ordered if pod.wish is None for id_ in (pod.uid, *aliases[pod.uid])]
     if len(wanted) + len(others) > MAX_PODS:
         raise TooMuchError(f"{len(wanted) + len(others)} pods on this node; at most {MAX_PODS}")
@@ -48,15 +49,14 @@ def _aliases(pods: list[Pod]) -> dict[str, list[str]]:
     return aliases
 
 
-def _desired(pod: Pod, aliases: list[str]) -> DesiredPod:
-    assert pod.wish is not None
+def _desired(pod: Pod, wish: Wish, aliases: list[str]) -> DesiredPod:
     return DesiredPod(
         uid=pod.uid,
         aliases=aliases,
         namespace=pod.namespace,
         name=pod.name,
-        limit_mw=pod.wish.limit_mw,
-        raw=pod.wish.raw,
+        limit_mw=wish.limit_mw,
+        raw=wish.raw,
     )
 
 

@@ -17,7 +17,11 @@ from shared.powerctl.ask import UnreachableError, ask
 from shared.powerctl.explain import explain, near
 from shared.settings import DEFAULT_RUN_DIR, colour_from_environment, run_dir_from_environment
 
-GOOD, NOT_WELL, WRONG_USE, UNREACHABLE = 0, 1, 2, 3  # 2 is argparse's own
+# 2 is argparse's own
+GOOD = 0
+NOT_WELL = 1
+WRONG_USE = 2
+UNREACHABLE = 3
 _INTERRUPTED = 130  # as shells report it
 _SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
 _LONGEST_S = 3600.0
