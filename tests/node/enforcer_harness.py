@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import zmq
 
@@ -24,6 +24,7 @@ from tests.waiting import HANG_S, ended, until
 
 REPOSITORY = Path(__file__).parents[2]
 CONTAINER = "3fa9" * 16
+T = TypeVar("T")
 FAST = {**SIM_FAST, "POWER_AGENT_EXIT_SECONDS": "2"}
 
 
@@ -101,7 +102,7 @@ class EnforcerNode:
         self._client: Client | None = None
         self._sent: m.Snapshot | None = None
 
-    def __enter__(self) -> EnforcerNode:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -133,7 +134,7 @@ class EnforcerNode:
         self._processes.append(process)
         return process
 
-    def start(self, **settings: str) -> EnforcerNode:
+    def start(self, **settings: str) -> Self:
         """Start the enforcer and wait until it answers."""
         self.process = self.spawn(**settings)
         pid = self.process.pid
@@ -185,6 +186,12 @@ class EnforcerNode:
             return
         raise AssertionError(f"the enforcer ended with status {status}")
 
+    def until(
+        self, condition: Callable[[], T], what: str, *, explain: Callable[[], object] = str
+    ) -> T:
+        """Return the first true value of the condition."""
+        return until(condition, what, explain=explain)
+
     # -- what it says --
 
     def errors(self) -> str:
@@ -208,6 +215,10 @@ class EnforcerNode:
         if self._client is None:
             self._client = Client(self.run_dir)
         return self._client
+
+    def ask(self, request: m.Request) -> m.Reply:
+        """Send a request and return the answer."""
+        return self.client.request(request, HANG_S)
 
     def snapshot(
         self,
@@ -253,7 +264,7 @@ class EnforcerNode:
     def send(self, message: m.Snapshot) -> m.Reply:
         """Send a snapshot as it is and return whatever comes back."""
         self._sent = message
-        return self.client.request(message, HANG_S)
+        return self.ask(message)
 
     def heartbeat(self) -> m.Report:
         """Repeat the last snapshot."""
@@ -264,7 +275,7 @@ class EnforcerNode:
 
     def status(self) -> m.StatusReply:
         """Ask what holds."""
-        reply = self.client.request(m.Status(), HANG_S)
+        reply = self.ask(m.Status())
         assert isinstance(reply, m.StatusReply), reply
         return reply
 
@@ -332,7 +343,7 @@ class EnforcerNode:
 
     def wait_limit(self, watts: float, number: int = 0) -> None:
         """Wait until the hardware has that limit."""
-        until(
+        self.until(
             lambda: self.limit(number) == watts,
             f"GPU {number} at {watts} W",
             explain=lambda: f"it has {self.limit(number)} W",
@@ -345,13 +356,13 @@ class EnforcerNode:
             gpu = self.gpu(number)
             return gpu if gpu.state == state else None
 
-        found = until(there, f"GPU {number} {state}")
+        found = self.until(there, f"GPU {number} {state}")
         assert found is not None
         return found
 
     def wait_drifts(self, count: int) -> None:
         """Wait until so many drifts were counted."""
-        until(lambda: self.status().counters.drifts == count, f"{count} drifts counted")
+        self.until(lambda: self.status().counters.drifts == count, f"{count} drifts counted")
 
     def looks(self, times: int = 3) -> None:
         """Let the enforcer look at the processes and decide that many times (a status is one)."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from shared import messages as m
-from tests.node.enforcer_harness import EnforcerNode, pod_uid
-from tests.waiting import until
+from tests.life.node import LifeNode as EnforcerNode
+from tests.life.node import pod_uid, until
 
 A, B = pod_uid(1), pod_uid(2)
 UNKNOWN = 999
@@ -165,8 +163,8 @@ def test_a_living_watcher_is_not_refused_until_the_lease_has_given_everything_ba
         node.session = "f" * 32
         node.snapshot({A: 300})  # a second watcher starts, and dies
         node.session = old
-        end_s = time.monotonic() + 10
-        while time.monotonic() < end_s:  # the first lives and repeats itself
+        end_s = node.clock.now_s() + 10
+        while node.clock.now_s() < end_s:  # the first lives and repeats itself
             node.revision += 1
             node.send(node.message({A: 300}))
             assert node.limit() == 300, "given back though a watcher with the same wish lives"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shared import messages as m
-from tests.node.enforcer_harness import EnforcerNode, pod_uid
-from tests.waiting import until
+from tests.life.node import LifeNode as EnforcerNode
+from tests.life.node import pod_uid, until
 
 A, B = pod_uid(1), pod_uid(2)
 GPU_IS_LOST, UNKNOWN, NOT_SUPPORTED, RESET_REQUIRED = 15, 999, 3, 16
