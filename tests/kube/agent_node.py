@@ -18,6 +18,7 @@ from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_rest import Object
 from tests.simnode.kubelet import Kubelet
 from tests.simnode.node import SimNode
+from tests.waiting import HANG_S
 
 NAMESPACE, ACCOUNT = "dynamo-system", "power-agent"
 _AUDIT_POLICY = {
@@ -158,7 +159,7 @@ class Wire:
     def _carry(self, client: socket.socket) -> None:
         """Ends with either side."""
         with client, contextlib.suppress(OSError):
-            plain = socket.create_connection(("127.0.0.1", self._port), timeout=10)
+            plain = socket.create_connection(("127.0.0.1", self._port), timeout=HANG_S)
             with self._tls.wrap_socket(plain, server_hostname="127.0.0.1") as server:
                 # A readable TLS socket may have nothing for its reader yet (session tickets).
                 server.setblocking(False)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.kube import assets, go_command, helm_assets
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -53,7 +54,7 @@ def helm(*arguments: str, stdin: str = "", kubeconfig: str | Path = os.devnull) 
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
             check=False,
         )
     if done.returncode != 0:
@@ -82,7 +83,7 @@ def kustomize(folder: Path) -> list[Object]:
     if binary is None:
         pytest.skip("no kubectl, which has kustomize: python -m tests.kube.assets builds it")
     done = subprocess.run(
-        [binary, "kustomize", folder], capture_output=True, text=True, timeout=30, check=False
+        [binary, "kustomize", folder], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return documents(done.stdout)

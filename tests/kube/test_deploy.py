@@ -18,6 +18,7 @@ from tests.kube.chart import CHART, DEPLOY, NAMESPACE, helm, kustomize, render
 from tests.kube.conftest import MakeNode
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_rest import Object, RestClient
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kube
 
@@ -257,7 +258,7 @@ def run_chart_test(kube: ControlPlane, credentials: Path) -> subprocess.Complete
         [sys.executable, "-I", "-c", script, kube.url, namespace, selector, str(credentials)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_S,
         check=False,
         env={key: value for key, value in os.environ.items() if "proxy" not in key.lower()},
     )

@@ -25,7 +25,7 @@ from tests.waiting import HANG_S, ended, until
 REPOSITORY = Path(__file__).parents[2]
 CONTAINER = "3fa9" * 16
 T = TypeVar("T")
-FAST = {**SIM_FAST, "POWER_AGENT_EXIT_SECONDS": "2"}
+FAST = {**SIM_FAST, "POWER_AGENT_EXIT_SECONDS": "5"}
 
 
 def pod_uid(number: int) -> str:

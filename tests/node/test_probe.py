@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 
 A = pod_uid(1)
 PROBE = ["/bin/sh", str(REPOSITORY / "deploy/probe"), "1"]
@@ -21,7 +21,7 @@ def probe(node: EnforcerNode, path: str = "/nonexistent") -> bool:
     """Its verdict; without powerctl on its path it has nothing but the shell."""
     environment = {"PATH": path, "POWER_AGENT_RUN_DIR": str(node.run_dir)}
     done = subprocess.run(
-        PROBE, cwd="/", env=environment, capture_output=True, check=False, timeout=50
+        PROBE, cwd="/", env=environment, capture_output=True, check=False, timeout=HANG_S
     )
     return done.returncode == 0
 

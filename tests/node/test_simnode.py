@@ -19,7 +19,7 @@ from tests.simnode.node import FAST, SimNode
 from tests.simnode.programs import children_of
 from tests.simnode.reachable import ROOT, WATCHER_UID, as_user, base_folder
 from tests.simnode.workloads import MadeUpProc, RealCgroups, cgroup2_mounts
-from tests.waiting import ended, gone, until
+from tests.waiting import HANG_S, ended, gone, until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 EMBEDDED = {k: v for k, v in os.environ.items() if k != "KUBEBUILDER_ASSETS"}
@@ -124,7 +124,7 @@ def test_up_says_how_to_reach_it(up: Callable[..., Up]) -> None:
     assert kubectl
     assert powerctl
     if shutil.which("kubectl"):
-        subprocess.run(kubectl[0], shell=True, check=True, capture_output=True, timeout=30)
+        subprocess.run(kubectl[0], shell=True, check=True, capture_output=True, timeout=HANG_S)
     done = subprocess.run(powerctl[0], shell=True, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert "worker-0" in done.stdout
@@ -141,7 +141,7 @@ def test_up_overwrites_no_kubeconfig(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 2
@@ -172,7 +172,7 @@ def _demo(before: str = "") -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=2 * HANG_S,
         check=False,
     )
 
@@ -238,7 +238,7 @@ def test_without_root(supervised: bool) -> None:
         env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=2 * HANG_S,
         check=False,
         **(as_user(WATCHER_UID) if os.geteuid() == 0 else {}),  # type: ignore[call-overload]
     )
@@ -283,7 +283,7 @@ def test_a_checkout_that_only_root_can_read(tmp_path: Path, prepare: str) -> Non
         env=EMBEDDED,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=2 * HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from tests.simnode.controlplane_objects import Objects
 from tests.simnode.controlplane_process import Spawner, folder_that_vanishes, free_ports
 from tests.simnode.controlplane_rest import ApiError, Object, RestClient
 from tests.simnode.exposition import samples_of
+from tests.waiting import HANG_S
 
 READY_TIMEOUT_S = 60.0
 _POLL_S = 0.05
@@ -156,7 +157,7 @@ class ControlPlane(Objects):
 
     def _ask_etcd(self, path: str, body: Object) -> Object:
         request = urllib.request.Request(self._etcd_url + path, json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=HANG_S) as response:
             answer: Object = json.load(response)
         return answer
 
@@ -253,7 +254,7 @@ class ControlPlane(Objects):
             input="" if stdin is None else stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
             check=False,
         )
         if check and done.returncode != 0:

@@ -13,8 +13,9 @@ from typing import Any
 from tests.waiting import HANG_S
 
 TIMEOUT_S = HANG_S
-# How a connection shows that the server has ended it: without a word of TLS's own, it is an EOF.
-_ENDED_WHILE_IDLE = (
+# How a connection shows that the server has ended it. In the middle of the handshake it is an error
+# of TLS: a server that has just begun to listen, or to stop.
+_ENDED = (
     http.client.RemoteDisconnected,
     BrokenPipeError,
     ConnectionResetError,
@@ -76,7 +77,7 @@ class RestClient:
         with self._lock:
             try:
                 return self._exchange(method, path, payload, merged)
-            except _ENDED_WHILE_IDLE:  # the server never saw this request
+            except _ENDED:  # while it was idle or began: the server never saw this request
                 self._connection.close()
                 return self._exchange(method, path, payload, merged)
 

@@ -154,7 +154,7 @@ class Kubectl:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=HANG_S,
             check=False,
         )
 

@@ -291,7 +291,7 @@ def end(server: health.Server) -> None:
     ending.start()
     while ending.is_alive():
         with contextlib.suppress(OSError):
-            socket.create_connection(server.server_address[:2], 5).close()  # type: ignore[arg-type]
+            socket.create_connection(server.server_address[:2], HANG_S).close()  # type: ignore[arg-type]
         ending.join(0.01)
     server.server_close()
 
@@ -340,7 +340,7 @@ def test_other_methods_are_refused(server: health.Server, method: str) -> None:
 def test_garbage_harms_nobody(
     server: health.Server, garbage: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), 5) as hostile:
+    with socket.create_connection(("127.0.0.1", server.port), HANG_S) as hostile:
         with contextlib.suppress(ConnectionError):
             hostile.sendall(garbage)
         assert ask(server, "/healthz")[0] == 200
@@ -368,7 +368,7 @@ def test_clients_that_say_nothing_or_read_nothing_do_not_shut_others_out(
 ) -> None:
     with contextlib.ExitStack() as held:
         for number in range(3 * health._CONNECTIONS):
-            hostile = socket.create_connection(("127.0.0.1", server.port), 5)
+            hostile = socket.create_connection(("127.0.0.1", server.port), HANG_S)
             held.enter_context(hostile)
             if number % 2:
                 with contextlib.suppress(ConnectionError):
@@ -389,7 +389,7 @@ def test_a_client_that_drips_is_dropped_when_the_house_is_full(server: health.Se
 
     with contextlib.ExitStack() as held:
         drips = [
-            held.enter_context(socket.create_connection(("127.0.0.1", server.port), 5))
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), HANG_S))
             for _ in range(health._CONNECTIONS)
         ]
         threads = [threading.Thread(target=drip, args=(hostile,)) for hostile in drips]
@@ -434,7 +434,7 @@ def test_a_full_house_of_one_address_still_lets_its_oldest_have_its_time(
 ) -> None:
     with contextlib.ExitStack() as held:
         for _ in range(health._CONNECTIONS):
-            held.enter_context(socket.create_connection(("127.0.0.1", server.port), 5))
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), HANG_S))
         until(lambda: len(server._open) == health._CONNECTIONS, "a full house")
         assert not _answers(server)
 
@@ -471,7 +471,7 @@ def test_ipv6_is_served() -> None:
     except SettingsError:
         pytest.skip("no IPv6 here")
     made.start()
-    with socket.create_connection(("::1", made.port), 5) as client:
+    with socket.create_connection(("::1", made.port), HANG_S) as client:
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert b"200" in client.recv(100)
     end(made)

@@ -11,6 +11,7 @@ import pytest
 
 from enforcer.settings import LEAST_LEASE_S, EnforcerSettings, SafeDefault
 from shared.settings import CommonSettings, SettingsError, parse_settings, run_dir_from_environment
+from tests.waiting import HANG_S
 from watcher.publisher import HEARTBEAT_S
 from watcher.settings import Address, WatcherSettings
 
@@ -333,7 +334,7 @@ def run(kind: str, *arguments: str, **environment: str) -> subprocess.CompletedP
         env={"PATH": os.environ["PATH"], "COLUMNS": "80"} | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_S,
         check=False,
     )
 

@@ -268,7 +268,7 @@ for sock in (claims, next_):
 
 def test_libzmq_ends_the_process_where_the_next_number_was_claimed() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CLAIMED], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", CLAIMED], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == -signal.SIGABRT
     assert "Assertion failed: ok" in done.stderr
@@ -300,7 +300,7 @@ def test_libzmq_ends_the_process_where_a_peer_hangs_up_behind_a_full_queue(tmp_p
         [sys.executable, "-c", HUNG_UP, str(tmp_path / "s")],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == -signal.SIGABRT

@@ -757,7 +757,7 @@ def in_a_fresh_process(code: str, *arguments: str, **environment: str) -> str:
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
