@@ -277,3 +277,26 @@ def test_a_stranger_beside_nobody_is_left_alone(life: Life) -> None:
     life.snapshot({}, others=[A])
     life.pass_s(60)
     assert life.device.sets == []
+
+
+# ---- a driver that takes half a minute to open ----
+
+
+def slow(tmp_path: Path, **settings: str) -> Life:
+    life = Life(tmp_path / "state", **settings)
+    life.device.open_costs_s = 30.0
+    return life
+
+
+def test_a_lease_does_not_run_out_while_the_enforcer_itself_is_busy(tmp_path: Path) -> None:
+    life = slow(tmp_path, lease="release:20")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.snapshot({A: 300})
+    life.device.vanish("GPU-1")
+    sets = len(life.device.sets)
+    life.pass_s(120)
+    assert len(life.device.opens) == 1 + 3
+    assert len(life.device.sets) == sets
+    life.pass_s(25, heartbeats=False)
+    assert life.watts() == 700  # that silence was the watcher's
