@@ -300,3 +300,27 @@ def test_a_lease_does_not_run_out_while_the_enforcer_itself_is_busy(tmp_path: Pa
     assert len(life.device.sets) == sets
     life.pass_s(25, heartbeats=False)
     assert life.watts() == 700  # that silence was the watcher's
+
+
+def test_a_start_opens_one_session_for_the_first_snapshot(tmp_path: Path) -> None:
+    life = slow(tmp_path)
+    life.run(A)
+    life.server.until_s = life.clock.time_s + 0.1
+    life.agent.turn()
+    life.snapshot({A: 300})
+    assert life.watts() == 300
+    assert len(life.device.opens) == 1
+
+
+def test_who_asks_on_an_idle_node_is_told_the_limits(tmp_path: Path) -> None:
+    life = slow(tmp_path)
+    life.snapshot({})
+    life.pass_s(60)
+    assert not life.device.is_open
+    assert life.gpu().limit_mw == 700_000
+    opens = len(life.device.opens)
+    life.pass_s(1)
+    assert life.gpu().limit_mw == 700_000  # asked again: the session is still there
+    assert len(life.device.opens) == opens
+    life.pass_s(10)
+    assert not life.device.is_open
