@@ -324,3 +324,19 @@ def test_who_asks_on_an_idle_node_is_told_the_limits(tmp_path: Path) -> None:
     assert len(life.device.opens) == opens
     life.pass_s(10)
     assert not life.device.is_open
+
+
+def test_a_gpu_that_comes_while_a_session_is_opened_is_not_overlooked(life: Life) -> None:
+    life.run(B, 1)
+    life.snapshot({B: 300})
+    life.device.vanish("GPU-0")
+    opened = life.device.open
+
+    def open_and_return() -> None:
+        opened()
+        if len(life.device.opens) == 1 + 3:  # the last try
+            life.device.reappear("GPU-0")
+
+    life.device.open = open_and_return  # type: ignore[method-assign]
+    life.pass_s(60)
+    assert life.gpu(0).state == "free"
