@@ -135,8 +135,7 @@ class Agent:
         before = self._fleet.driver
         if due.scan:
             self._fleet.look_at_the_bus()
-        self._fleet.keep_session(self._view(desired))
-        self._say_nvml()
+        self._keep_session(desired)
         if not isinstance(self._fleet.driver, Open):
             return False
         if due.read or self._fleet.driver is not before:
@@ -147,6 +146,12 @@ class Agent:
         else:
             self._fleet.look_at(self._touched(desired))
         return True
+
+    def _keep_session(self, desired: Desired) -> None:
+        began_s = self._clock.now_s()
+        self._fleet.keep_session(self._view(desired))
+        self._desk.miss(self._clock.now_s() - began_s)
+        self._say_nvml()
 
     def _view(self, desired: Desired) -> sessions.View:
         return self._fleet.view(desired, self._ledger.entries, needed=self._needed(desired))

@@ -51,6 +51,7 @@ class Desk:
         self._may = {m.Snapshot: watcher, m.Status: readers, m.Ping: readers}
         self.started_s = clock.now_s()
         self._heard_s = self.started_s
+        self._deaf_s = 0.0  # of the time since then
         self._sessions = Bucket.full(_SESSIONS_PER_S, _SESSIONS, self.started_s)
         self._retired: deque[str] = deque(maxlen=_RETIRED)
         self._desired = Desired("unheard")
@@ -76,6 +77,13 @@ class Desk:
                 self.due.append((incoming, request))
             except m.RefusedError as error:
                 self._refuse(incoming, error)
+
+    def miss(self, span_s: float) -> None:
+        """Note that nothing could be heard for so long: that is no silence of the watcher's.
+
+        Else a lease could run out while a session is opened, and everything would be given back.
+        """
+        self._deaf_s += span_s
 
     @property
     def is_asked(self) -> bool:
@@ -108,6 +116,7 @@ class Desk:
         # What a silence had put off is due.
         self.changed |= self.desired().link != "living"
         self._heard_s = now_s
+        self._deaf_s = 0.0
         self.snapshot = new
         if last and (last.pods, last.others) == (new.pods, new.others):
             return  # a heartbeat
@@ -154,7 +163,7 @@ class Desk:
     def desired(self) -> Desired:
         """Return the last complete snapshot, with whether its watcher is still heard."""
         silent_s = self._clock.now_s() - self._heard_s
-        if self._lease_s is not None and silent_s > self._lease_s:
+        if self._lease_s is not None and silent_s - self._deaf_s > self._lease_s:
             return replace(self._desired, link="expired")
         if silent_s > _LIVING_S and self._desired.link == "living":
             return replace(self._desired, link="silent")

@@ -10,11 +10,14 @@ So a session is kept, and opened anew only for a reason to expect more of it:
 | shut           | nothing is                                                    | keep      |
 | refused        | its wait is over                                              | open      |
 | refused        | its wait is not over                                          | keep      |
-| open           | nothing is asked for or owned                                 | shut      |
+| open           | nothing is asked for or owned, and it is five seconds old     | shut      |
+| open           | nothing is asked for or owned, and it is younger              | keep      |
 | open           | a GPU has just been lost, or a device has come to the bus     | open anew |
 | open           | a GPU is missing, none is in use, and it is ten minutes old   | open anew |
 | open           | a GPU or a fact of one is missing, and its wait is over       | list      |
 | open           | all else                                                      | keep      |
+
+A session that took half a minute to open is not let go before those who waited for it are heard.
 
 To list the boards of an open session again costs next to nothing, and finds those that had a
 passing fault. The session has to be let go as well: an open handle keeps a driver from being
@@ -30,6 +33,8 @@ from shared.pace import Backoff
 _TRIES = 3
 # With a GPU missing and no reason to expect it back.
 _WITHOUT_REASON_S = 600.0
+# How long one is kept that nothing needs.
+_LEAST_S = 5.0
 _FIRST_S = 1.0
 _MOST_S = 32.0
 
@@ -105,7 +110,7 @@ def next_step(driver: Driver, view: View, now_s: float) -> Step:
     if isinstance(driver, Refused):
         return Step.OPEN if driver.again.may(now_s) else Step.KEEP
     if not view.needed:
-        return Step.SHUT
+        return Step.SHUT if now_s >= driver.since_s + _LEAST_S else Step.KEEP
     if driver.search is not None and now_s >= driver.search.due_s:
         return Step.OPEN
     old = now_s >= driver.since_s + _WITHOUT_REASON_S

@@ -97,6 +97,8 @@ class Fleet:
     def open(self) -> None:
         """Begin a session, in place of the one there is; takes seconds."""
         self._device.close()
+        # Before the session, not after it: what comes while it is opened may not be in it.
+        devices = self._bus.devices()
         try:
             self._device.open()
             listing = self._device.boards()
@@ -106,7 +108,7 @@ class Fleet:
             return
         self._sessions += 1
         now_s = self._clock.now_s()
-        driver = sessions.opened(self.driver, self._sessions, self._bus.devices(), now_s)
+        driver = sessions.opened(self.driver, self._sessions, devices, now_s)
         self.driver = driver
         there = {board.uuid for board in listing.boards}
         for gpu in self:

@@ -277,3 +277,66 @@ def test_a_stranger_beside_nobody_is_left_alone(life: Life) -> None:
     life.snapshot({}, others=[A])
     life.pass_s(60)
     assert life.device.sets == []
+
+
+# ---- a driver that takes half a minute to open ----
+
+
+def slow(tmp_path: Path, **settings: str) -> Life:
+    life = Life(tmp_path / "state", **settings)
+    life.device.open_costs_s = 30.0
+    return life
+
+
+def test_a_lease_does_not_run_out_while_the_enforcer_itself_is_busy(tmp_path: Path) -> None:
+    life = slow(tmp_path, lease="release:20")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.snapshot({A: 300})
+    life.device.vanish("GPU-1")
+    sets = len(life.device.sets)
+    life.pass_s(120)
+    assert len(life.device.opens) == 1 + 3
+    assert len(life.device.sets) == sets
+    life.pass_s(25, heartbeats=False)
+    assert life.watts() == 700  # that silence was the watcher's
+
+
+def test_a_start_opens_one_session_for_the_first_snapshot(tmp_path: Path) -> None:
+    life = slow(tmp_path)
+    life.run(A)
+    life.server.until_s = life.clock.time_s + 0.1
+    life.agent.turn()
+    life.snapshot({A: 300})
+    assert life.watts() == 300
+    assert len(life.device.opens) == 1
+
+
+def test_who_asks_on_an_idle_node_is_told_the_limits(tmp_path: Path) -> None:
+    life = slow(tmp_path)
+    life.snapshot({})
+    life.pass_s(60)
+    assert not life.device.is_open
+    assert life.gpu().limit_mw == 700_000
+    opens = len(life.device.opens)
+    life.pass_s(1)
+    assert life.gpu().limit_mw == 700_000  # asked again: the session is still there
+    assert len(life.device.opens) == opens
+    life.pass_s(10)
+    assert not life.device.is_open
+
+
+def test_a_gpu_that_comes_while_a_session_is_opened_is_not_overlooked(life: Life) -> None:
+    life.run(B, 1)
+    life.snapshot({B: 300})
+    life.device.vanish("GPU-0")
+    opened = life.device.open
+
+    def open_and_return() -> None:
+        opened()
+        if len(life.device.opens) == 1 + 3:  # the last try
+            life.device.reappear("GPU-0")
+
+    life.device.open = open_and_return  # type: ignore[method-assign]
+    life.pass_s(60)
+    assert life.gpu(0).state == "free"
