@@ -282,8 +282,8 @@ def test_a_stranger_beside_nobody_is_left_alone(life: Life) -> None:
 # ---- a driver that takes half a minute to open ----
 
 
-def slow(tmp_path: Path, **settings: str) -> Life:
-    life = Life(tmp_path / "state", **settings)
+def slow(tmp_path: Path, lease: str = "hold") -> Life:
+    life = Life(tmp_path / "state", lease=lease)
     life.device.open_costs_s = 30.0
     return life
 
