@@ -137,7 +137,8 @@ class Agent:
             self._fleet.look_at_the_bus()
         self._keep_session(desired)
         if not isinstance(self._fleet.driver, Open):
-            return False
+            # Where it is refused there is something to say of each GPU that is owned.
+            return not isinstance(self._fleet.driver, Shut)
         if due.read or self._fleet.driver is not before:
             self._fleet.read_all()
             self._agenda = self._agenda.read(self._clock.now_s())
@@ -171,7 +172,10 @@ class Agent:
     def _decide(self, desired: Desired) -> list[Gpu]:
         """Decide on every GPU; return those that may be written now."""
         decisions = self._plan(desired)
+        is_blind = not isinstance(self._fleet.driver, Open)
         for gpu in self._fleet:
+            if is_blind and gpu.uuid not in decisions:
+                continue  # nothing new is known of it, and who used it stays known
             decision = decisions.get(gpu.uuid, UNDECIDED)
             decided = one.decided(gpu, decision, dry_run=self._config.dry_run)
             self._fleet.become(decided)

@@ -340,3 +340,28 @@ def test_a_gpu_that_comes_while_a_session_is_opened_is_not_overlooked(life: Life
     life.device.open = open_and_return  # type: ignore[method-assign]
     life.pass_s(60)
     assert life.gpu(0).state == "free"
+
+
+def test_a_pod_on_a_gpu_that_is_owned_and_cannot_be_reached_is_not_said_to_wait(
+    life: Life,
+) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.faults["open"] = "UNKNOWN"
+    life.kill()
+    life.snapshot({A: 300})
+    pod = life.pod(A)
+    assert (pod.state, pod.gpus) == ("failed", ["GPU-0"])
+    assert "nvmlInit: UNKNOWN" in pod.reason
+
+
+def test_a_pod_whose_gpu_is_not_owned_is_not_said_to_wait_where_the_driver_is_gone(
+    tmp_path: Path,
+) -> None:
+    life = Life(tmp_path / "state", dry_run="true")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.faults["open"] = "UNKNOWN"
+    life.device.vanish("GPU-1")
+    life.pass_s(60)
+    assert (life.pod(A).state, life.pod(A).gpus) == ("failed", ["GPU-0"])
