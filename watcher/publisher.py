@@ -128,8 +128,7 @@ class Publisher:
         self._owed_since: float | None = None  # when the oldest request without an answer was due
         self._silent = False
         self.too_much: str | None = None
-        self.refused: str | None = None
-        self._refused_code: str | None = None
+        self._refusal: tuple[str, str] | None = None  # its code, and what it says
         self.turned_at = self._clock()
 
     def run(self, stop: threading.Event) -> None:
@@ -250,15 +249,14 @@ class Publisher:
                 self._counts.latency.observe(now - arrived_at)
 
     def _refuse(self, code: str, problem: str) -> None:
-        if code != self._refused_code:
+        if self._refusal is None or code != self._refusal[0]:
             self._log.error("enforcer_refuses", code=code, message=problem)
-        self.refused = problem
-        self._refused_code = code
+        self._refusal = code, problem
 
     def _accepted(self) -> None:
-        if self.refused is not None:
+        if self._refusal is not None:
             self._log.info("enforcer_accepts")
-        self.refused = self._refused_code = None
+        self._refusal = None
 
     def _watch_silence(self, now: float) -> None:
         silent_s = 0.0 if self._owed_since is None else now - self._owed_since
@@ -296,15 +294,15 @@ class Publisher:
         """Return how the enforcer is doing, for the metrics."""
         up = self._heard and self._client.connected and not self._silent
         age_s = now - self._reported_at
-        current = up and self.refused is None and age_s <= SILENT_S
+        current = up and self._refusal is None and age_s <= SILENT_S
         return Link(up=up, snapshot_age_s=age_s, report=self._report, current=current)
 
     def missing(self, now: float) -> list[str]:
         """Return what keeps limits from being enforced, as far as this side can see."""
         missing = [] if self.too_much is None else [f"snapshot: {self.too_much}"]
         link = self.link(now)
-        if self.refused is not None:
-            missing.append(f"enforcer: {self.refused}")
+        if self._refusal is not None:
+            missing.append(f"enforcer: {self._refusal[1]}")
         elif not link.up:
             missing.append("enforcer: no answer")
         elif self._snapshot is not None:  # else it was asked nothing yet that it could report on
