@@ -4,8 +4,8 @@
 |----------------|----------------------------------------------------------------------------|
 | a decision     | the snapshot changed, or a write may go out, or a scan is due              |
 | a scan         | each `scan_s`; each 100 ms for a minute while a pod waits for its GPU;     |
-|                | at once when somebody asks; with each decision while a pod waits, and with |
-|                | the last one before the driver is let go                                   |
+|                | at once when somebody asks or a lease runs out; with each decision while a |
+|                | pod waits, and with the last one before the driver is let go               |
 | a reading      | each `reconcile_s`; when somebody asks and the last one is a second old    |
 | nothing        | within 20 ms after a changed snapshot: a burst is decided on together      |
 
@@ -58,6 +58,10 @@ class Agenda:
         fresh = self.read_at_s is not None and now_s < self.read_at_s + _FRESH_S
         next_read_s = self.next_read_s if fresh else now_s
         return replace(self, asked_at_s=now_s, next_scan_s=now_s, next_read_s=next_read_s)
+
+    def scan_now(self, now_s: float) -> "Agenda":
+        """Return it with a scan that is due at once."""
+        return replace(self, next_scan_s=now_s)
 
     def asked_lately(self, now_s: float) -> bool:
         """Tell whether somebody asked within the last seconds."""

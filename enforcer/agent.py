@@ -22,7 +22,7 @@ from enforcer.driver import Open, Shut, Step
 from enforcer.fleet import Bus, Fleet
 from enforcer.gpu import WRITE_GAP_S, Gpu, NotEntered, Outcome, Present
 from enforcer.ledger import Ledger, LedgerError
-from enforcer.policy import UNDECIDED, Decision, Desired, Owned, plan
+from enforcer.policy import UNDECIDED, Decision, Desired, Link, Owned, plan
 from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
 from enforcer.sources import Source
@@ -33,6 +33,7 @@ from shared.pace import Backoff
 
 # Between two tries to give back, at a stop.
 _LAST_GAP_S = 0.5
+_JUST_AFTER_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class Agent:
         owned = ledger.entries
         self._fleet = Fleet(owned, world.device, world.source, world.bus, world.clock)
         self._agenda = Agenda.begin(config.scan_s, config.reconcile_s, world.clock.now_s())
+        # What was known of the watcher at the last decision.
+        self._link: Link = "unheard"
         # Since when the oldest question waits for its answer.
         self._waits_since_s = 0.0
 
@@ -77,8 +80,11 @@ class Agent:
         """Wait for a request or for what is due next, and do it."""
         self._hear(self._server.receive(self._wake_s() - self._clock.now_s()))
         desired = self._desk.desired()
+        if desired.link == "expired" and self._link != "expired":
+            self._agenda = self._agenda.scan_now(self._clock.now_s())
         due = self._due(desired)
         if due.decide:
+            self._link = desired.link
             if self._see(desired, due):
                 # Reading may have taken half a minute, and the watcher may be silent by now.
                 desired = self._desk.desired()
@@ -99,7 +105,10 @@ class Agent:
     # ---- hear ----
 
     def _wake_s(self) -> float:
-        return self._agenda.wake_s(changed=self._desk.changed, write_s=self._write_s())
+        wake_s = self._agenda.wake_s(changed=self._desk.changed, write_s=self._write_s())
+        lease_s = self._desk.lease_ends_s()
+        # Only after its end it has run out.
+        return wake_s if lease_s is None else min(wake_s, lease_s + _JUST_AFTER_S)
 
     def _write_s(self) -> float | None:
         """Return when the next write may go out."""

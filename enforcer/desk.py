@@ -169,6 +169,12 @@ class Desk:
             return replace(self._desired, link="silent")
         return self._desired
 
+    def lease_ends_s(self) -> float | None:
+        """Return when the lease runs out if nothing is heard; None where it is never, or has."""
+        if self._lease_s is None or self.desired().link == "expired":
+            return None
+        return self._heard_s + self._deaf_s + self._lease_s
+
     def watcher(self) -> m.WatcherStatus:
         """Return the watcher as it looks from here."""
         seen, age_s = self.snapshot, round(self._clock.now_s() - self._heard_s, 3)

@@ -166,6 +166,8 @@ class _Case:
         """Return the decision with what it means for each annotated pod."""
         here = self.desired.pods_among(self.gpu.occupants or ()) | decision.pods
         concerned = here & self.desired.pods.keys()
+        if not concerned:
+            return decision
         return replace(decision, stances={uid: self._stance(uid, decision) for uid in concerned})
 
     def _stance(self, uid: str, decision: Decision) -> Stance:

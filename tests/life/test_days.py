@@ -186,6 +186,22 @@ def test_whoever_asks_is_told_what_holds_now(life: Life) -> None:
     assert life.gpu(1).limit_mw == 650_000
 
 
+# ---- a lease ----
+
+
+def test_the_end_of_a_lease_does_not_wait_for_a_scan(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", lease="release:30", scan_seconds="3600")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.pass_s(29.9, heartbeats=False)
+    assert life.watts() == 300
+    life.pass_s(0.2, heartbeats=False)
+    assert life.watts() == 700
+    turns = life.server.turns
+    life.pass_s(600, heartbeats=False)
+    assert life.server.turns - turns < 400  # it is decided once
+
+
 # ---- stops ----
 
 
