@@ -137,6 +137,7 @@ class Agent:
             self._fleet.look_at_the_bus()
         self._keep_session(desired)
         if not isinstance(self._fleet.driver, Open):
+            self._agenda = self._agenda.not_read(self._clock.now_s())
             # Where it is refused there is something to say of each GPU that is owned.
             return not isinstance(self._fleet.driver, Shut)
         if due.read or self._fleet.driver is not before:

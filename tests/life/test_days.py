@@ -365,3 +365,22 @@ def test_a_pod_whose_gpu_is_not_owned_is_not_said_to_wait_where_the_driver_is_go
     life.device.vanish("GPU-1")
     life.pass_s(60)
     assert (life.pod(A).state, life.pod(A).gpus) == ("failed", ["GPU-0"])
+
+
+def test_limits_are_read_in_time_where_processes_are_looked_at_seldom(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", scan_seconds="300", reconcile_seconds="15")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().limit_mw = 650_000
+    life.pass_s(16)
+    assert life.watts() == 300
+
+
+def test_with_no_driver_nothing_is_read_and_nothing_spins(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", scan_seconds="300", reconcile_seconds="15")
+    life.snapshot({})
+    life.pass_s(400)
+    assert not life.device.is_open
+    turns = life.server.turns
+    life.pass_s(600, heartbeats=False)
+    assert life.server.turns - turns < 400
