@@ -384,3 +384,17 @@ def test_with_no_driver_nothing_is_read_and_nothing_spins(tmp_path: Path) -> Non
     turns = life.server.turns
     life.pass_s(600, heartbeats=False)
     assert life.server.turns - turns < 400
+
+
+def test_a_failure_is_told_once_though_the_reason_to_write_changes(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().faults["set"] = "NO_PERMISSION"
+    life.board().limit_mw = 650_000
+    for _ in range(60):
+        life.board().faults["pids"] = "UNKNOWN"
+        life.pass_s(1.1)
+        del life.board().faults["pids"]
+        life.pass_s(1.1)
+    assert len(life.log.events("limit_failed")) == 1
+    assert life.status().counters.limit_write_failures < 12
