@@ -398,3 +398,16 @@ def test_a_failure_is_told_once_though_the_reason_to_write_changes(life: Life) -
         life.pass_s(1.1)
     assert len(life.log.events("limit_failed")) == 1
     assert life.status().counters.limit_write_failures < 12
+
+
+def test_no_session_is_begun_when_a_stop_is_nearly_over(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", exit_seconds="10")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.faults["open"] = "UNKNOWN"
+    life.device.vanish("GPU-0")
+    began_s = life.clock.time_s
+    life.device.opens.clear()
+    life.stop()
+    assert len(life.device.opens) > 1
+    assert max(life.device.opens) <= began_s + 5
