@@ -2,7 +2,7 @@
 
 | due            | when                                                                       |
 |----------------|----------------------------------------------------------------------------|
-| a decision     | the snapshot changed, or a write may go out, or a scan is due              |
+| a decision     | the snapshot changed, a write may go out, or a scan or a reading is due    |
 | a scan         | each `scan_s`; each 100 ms for a minute while a pod waits for its GPU;     |
 |                | at once when somebody asks or a lease runs out; with each decision while a |
 |                | pod waits, and with the last one before the driver is let go               |
@@ -71,7 +71,8 @@ class Agenda:
         """Return when the next decision is due; `write_s` is when a write may go out."""
         if changed:
             return self.decided_at_s + _TURN_S
-        return self.next_scan_s if write_s is None else min(self.next_scan_s, write_s)
+        next_s = min(self.next_scan_s, self.next_read_s)
+        return next_s if write_s is None else min(next_s, write_s)
 
     def due(self, now_s: float, *, changed: bool, write_s: float | None, everywhere: bool) -> Due:
         """Return what is to be done now; `everywhere`: a decision looks at every GPU."""
@@ -90,6 +91,10 @@ class Agenda:
     def read(self, now_s: float) -> "Agenda":
         """Return it after every limit was read."""
         return replace(self, read_at_s=now_s, next_read_s=now_s + self.reconcile_s)
+
+    def not_read(self, now_s: float) -> "Agenda":
+        """Return it after a time to read at which there was no session."""
+        return replace(self, next_read_s=now_s + self.reconcile_s)
 
     def scanned(self, waiting: frozenset[str], now_s: float) -> "Agenda":
         """Return it after a scan that left these pods without a GPU."""

@@ -146,6 +146,7 @@ class Agent:
             self._fleet.look_at_the_bus()
         self._keep_session(desired)
         if not isinstance(self._fleet.driver, Open):
+            self._agenda = self._agenda.not_read(self._clock.now_s())
             # Where it is refused there is something to say of each GPU that is owned.
             return not isinstance(self._fleet.driver, Shut)
         if due.read or self._fleet.driver is not before:
@@ -315,12 +316,15 @@ class Agent:
     def _give_back(self) -> None:
         """Try until nothing is owned or the time is over, with the session that is open.
 
-        Another session is tried only where no GPU of this one is left to be given back.
+        Another session is tried only where no GPU of this one is left to be given back, and in the
+        first half of the time: to open one may take longer than what is left.
         """
         end_s = self._clock.now_s() + self._config.exit_s
+        half_s = end_s - self._config.exit_s / 2
         again = Backoff(_LAST_GAP_S, self._config.exit_s)
         while self._ledger.entries and self._clock.now_s() < end_s:
-            if not self._reaches_owned() and again.may(self._clock.now_s()):
+            may_open = self._clock.now_s() < half_s and again.may(self._clock.now_s())
+            if may_open and not self._reaches_owned():
                 self._fleet.open()
                 self._say_nvml()
                 again = again.failed(self._clock.now_s())

@@ -20,7 +20,7 @@ class Bus:
         self._vendors: dict[str, str] = {}
 
     def devices(self) -> frozenset[str] | None:
-        """Return NVIDIA's devices, each with its driver: one that is bound later is news.
+        """Return NVIDIA's devices, each with its driver: one that is bound later or anew is news.
 
         None where the list cannot be read.
         """
@@ -44,7 +44,19 @@ class Bus:
             return ""
 
     def _driver(self, address: str) -> str:
+        """Return the driver and the number of this binding, or of the device where there is none.
+
+        What went and came back between two looks has another number: sysfs numbers its entries one
+        after the other and gives no number again soon (fs/kernfs/dir.c, idr_alloc_cyclic).
+        """
+        device = f"{self._root}/{address}"
+        link = f"{device}/driver"
         try:
-            return os.readlink(f"{self._root}/{address}/driver").rpartition("/")[2]  # noqa: PTH115
+            name = os.readlink(link).rpartition("/")[2]  # noqa: PTH115
+            return f"{name} {os.lstat(link).st_ino}"
         except OSError:  # none is bound
+            pass
+        try:
+            return f"- {os.stat(device).st_ino}"  # noqa: PTH116
+        except OSError:  # it has just gone
             return "-"

@@ -374,12 +374,17 @@ def _failed(gpu: Gpu, error: str, why: str, now_s: float) -> tuple[Gpu, list[Hap
     """Count the failure, tell it once, and let the next try wait for longer."""
     gpu = replace(gpu, failures=_one_more(gpu.failures, error))
     known, again = gpu.trouble, _AGAIN
-    same = known is not None and (known.decision, known.why) == (gpu.decision, why)
+    same = known is not None and known.why == why and _same_write(known.decision, gpu.decision)
     if known is not None and same:
         again = known.again
     trouble = Trouble(gpu.decision, error, why, again.failed(now_s))
     told = [] if same else [_told(gpu, "limit_failed", gpu.limit_mw, why)]
     return replace(gpu, trouble=trouble), told
+
+
+def _same_write(one: Decision, other: Decision) -> bool:
+    """Tell whether both are to write the same for the same pods, for whatever reason."""
+    return (one.action, one.target_mw, one.pods) == (other.action, other.target_mw, other.pods)
 
 
 def _one_more(counts: Mapping[str, int], name: str) -> dict[str, int]:

@@ -107,6 +107,8 @@ class Ledger:
             except _DAMAGE as error:
                 said.append(self._move_aside(name, error))
                 continue
+            except UnreadableError as error:
+                raise UnreadableError("; ".join([*said, str(error)])) from error
             if name == _BEFORE:
                 said.append("the generation before it is adopted")
             if book.boot_id == self._boot_id:

@@ -79,6 +79,10 @@ def _lease(value: str) -> float | None:
     return lease_s
 
 
+# supervisord kills what has not ended 15 seconds after SIGTERM (stopwaitsecs in supervisord.conf).
+MOST_EXIT_SUPERVISED_S = 13.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnforcerSettings(CommonSettings):
     """What the enforcer reads; limits in milliwatts, None where nothing is set."""
@@ -175,4 +179,9 @@ class EnforcerSettings(CommonSettings):
             raise SettingsError(
                 "POWER_AGENT_CONFLICT='safe-default' needs POWER_AGENT_SAFE_DEFAULT: "
                 "set that to watts (300) or a share (70%)"
+            )
+        if self.supervised and self.exit_s > MOST_EXIT_SUPERVISED_S:
+            raise SettingsError(
+                f"POWER_AGENT_EXIT_SECONDS={self.exit_s:g} is too long under supervisord, "
+                f"which kills after 15: set it to at most {MOST_EXIT_SUPERVISED_S:g}"
             )

@@ -381,3 +381,49 @@ def test_a_pod_whose_gpu_is_not_owned_is_not_said_to_wait_where_the_driver_is_go
     life.device.vanish("GPU-1")
     life.pass_s(60)
     assert (life.pod(A).state, life.pod(A).gpus) == ("failed", ["GPU-0"])
+
+
+def test_limits_are_read_in_time_where_processes_are_looked_at_seldom(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", scan_seconds="300", reconcile_seconds="15")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().limit_mw = 650_000
+    life.pass_s(16)
+    assert life.watts() == 300
+
+
+def test_with_no_driver_nothing_is_read_and_nothing_spins(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", scan_seconds="300", reconcile_seconds="15")
+    life.snapshot({})
+    life.pass_s(400)
+    assert not life.device.is_open
+    turns = life.server.turns
+    life.pass_s(600, heartbeats=False)
+    assert life.server.turns - turns < 400
+
+
+def test_a_failure_is_told_once_though_the_reason_to_write_changes(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.board().faults["set"] = "NO_PERMISSION"
+    life.board().limit_mw = 650_000
+    for _ in range(60):
+        life.board().faults["pids"] = "UNKNOWN"
+        life.pass_s(1.1)
+        del life.board().faults["pids"]
+        life.pass_s(1.1)
+    assert len(life.log.events("limit_failed")) == 1
+    assert life.status().counters.limit_write_failures < 12
+
+
+def test_no_session_is_begun_when_a_stop_is_nearly_over(tmp_path: Path) -> None:
+    life = Life(tmp_path / "state", exit_seconds="10")
+    life.run(A)
+    life.snapshot({A: 300})
+    life.device.faults["open"] = "UNKNOWN"
+    life.device.vanish("GPU-0")
+    began_s = life.clock.time_s
+    life.device.opens.clear()
+    life.stop()
+    assert len(life.device.opens) > 1
+    assert max(life.device.opens) <= began_s + 5

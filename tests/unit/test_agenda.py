@@ -37,6 +37,14 @@ def test_each_row_of_the_table(case: str) -> None:
     assert found == due
 
 
+def test_a_reading_does_not_wait_for_a_scan() -> None:
+    seldom = replace(RESTING, next_scan_s=BEGIN + 300)
+    assert seldom.wake_s(changed=False, write_s=None) == BEGIN + 15
+    read = seldom.due(BEGIN + 15, changed=False, write_s=None, everywhere=False)
+    assert read == Due(decide=True, read=True)
+    assert seldom.not_read(BEGIN + 15).wake_s(changed=False, write_s=None) == BEGIN + 30
+
+
 def test_at_the_start_everything_is_due_at_once() -> None:
     fresh = Agenda.begin(1.0, 15.0, BEGIN)
     assert fresh.due(BEGIN, changed=False, write_s=None, everywhere=False) == ALL

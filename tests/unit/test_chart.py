@@ -116,7 +116,7 @@ EVERY: Object = {
     "conflict": "safe-default",
     "releaseTo": "default",
     "onExit": "hold",
-    "exitSeconds": 20,
+    "exitSeconds": 12,
     "lease": "release:90.5",
     "dryRun": True,
     "scanSeconds": 0.5,
@@ -321,6 +321,9 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "digest that is none": ({"image": {"digest": "sha256:1"}}, "sha256:<64 hex digits>"),
     "a stop longer than the pod is given": (
         {"settings": {"exitSeconds": 26}}, "between 0.05 and 25",
+    ),
+    "a stop longer than supervisord waits": (
+        {"settings": {"exitSeconds": 14}, "supervised": True}, "set it to at most 13",
     ),
     "root as watcher": ({"settings": {"watcherUid": 0}}, "minimum: got 0, want 1"),
     "an annotation that is none": (

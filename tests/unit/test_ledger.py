@@ -318,6 +318,24 @@ def test_i5_the_generation_before_is_no_stand_in_for_what_cannot_be_read(tmp_pat
     assert ledger.path.exists()
 
 
+def test_what_was_moved_aside_is_said_though_the_generation_before_cannot_be_read(
+    tmp_path: Path,
+) -> None:
+    ledger = written(tmp_path, FIRST, SECOND)
+    ledger.path.write_bytes(b"garbage")
+    before = tmp_path / "ledger.previous.json"
+    whole = before.read_bytes()
+    before.unlink()
+    with socket.socket(socket.AF_UNIX) as obstacle:
+        obstacle.bind(str(before))
+        with pytest.raises(UnreadableError, match=r"moved to ledger\.json\.damaged.* cannot be read"):
+            ledger.load()
+    before.unlink()
+    before.write_bytes(whole)
+    assert ledger.load() == ["the generation before it is adopted"]
+    assert ledger.entries == FIRST
+
+
 def test_damage_that_cannot_be_moved_aside_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
     ledger = written(tmp_path, FIRST, SECOND)
     ledger.path.write_bytes(b"garbage")

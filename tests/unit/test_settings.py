@@ -293,6 +293,14 @@ def test_bounds_that_cross_are_refused_naming_both() -> None:
     parse_settings(EnforcerSettings, dict.fromkeys(bounds, "300"))
 
 
+def test_a_stop_longer_than_supervisord_waits_is_refused() -> None:
+    longer = {"POWER_AGENT_EXIT_SECONDS": "14", "POWER_AGENT_SUPERVISED": "true"}
+    with pytest.raises(SettingsError, match="EXIT_SECONDS=14 is too long under supervisord"):
+        parse_settings(EnforcerSettings, longer)
+    parse_settings(EnforcerSettings, longer | {"POWER_AGENT_EXIT_SECONDS": "13"})
+    parse_settings(EnforcerSettings, longer | {"POWER_AGENT_SUPERVISED": "false"})
+
+
 def test_conflict_safe_default_without_one_is_refused() -> None:
     with pytest.raises(SettingsError, match="needs POWER_AGENT_SAFE_DEFAULT"):
         parse_settings(EnforcerSettings, {"POWER_AGENT_CONFLICT": "safe-default"})

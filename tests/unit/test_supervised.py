@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from enforcer.settings import MOST_EXIT_SUPERVISED_S
 from tests.waiting import NotInTimeError, ended, gone, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,6 +321,12 @@ def test_stopping_fits_the_grace_period_of_a_pod() -> None:
     waits = [int(line.partition("=")[2]) for line in lines if line.startswith("stopwaitsecs=")]
     assert len(waits) == 3
     assert sum(waits) < 30
+
+
+def test_the_enforcer_is_given_longer_than_it_may_be_told_to_take() -> None:
+    _, _, enforcer = (ROOT / "supervisord.conf").read_text().partition("[program:enforcer]")
+    waits = [line for line in enforcer.splitlines() if line.startswith("stopwaitsecs=")]
+    assert int(waits[0].partition("=")[2]) >= MOST_EXIT_SUPERVISED_S + 2
 
 
 def helper(name: str) -> ModuleType:

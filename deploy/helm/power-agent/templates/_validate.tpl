@@ -13,6 +13,9 @@
 {{- if eq (include "power-agent.uid" .) "0" }}
 {{- fail "settings.watcherUid is 0, and the watcher must not be root: name another user, or leave it null" }}
 {{- end }}
+{{- if and .Values.supervised (gt (float64 (.Values.settings.exitSeconds | default 0)) 13.0) }}
+{{- fail (printf "settings.exitSeconds=%v is too long with supervised=true, where supervisord kills after 15: set it to at most 13" .Values.settings.exitSeconds) }}
+{{- end }}
 {{- with .Values.settings.metricsAddr }}
 {{- if regexMatch "^(localhost|127\\..*|\\[?::(ffff:127\\..*|1)\\]?):[0-9]+$" . }}
 {{- fail (printf "settings.metricsAddr=%s: the kubelet's probes and Prometheus do not reach a pod's loopback: name 0.0.0.0 or [::] with the port, or off" .) }}
