@@ -130,7 +130,7 @@ class Desk:
         """Raise RefusedError for what is older than the snapshot that is held."""
         last = self.snapshot
         if new.session in self._retired:
-            if now_s - self._heard_s <= self._gone_s():
+            if now_s - self._heard_s - self._deaf_s <= self._gone_s():
                 raise m.RefusedError("stale", f"session {new.session} was replaced by a newer one")
             self._retired.remove(new.session)  # the newer one is gone
         if last and last.session == new.session and new.revision < last.revision:

@@ -427,3 +427,18 @@ def test_no_session_is_begun_when_a_stop_is_nearly_over(tmp_path: Path) -> None:
     life.stop()
     assert len(life.device.opens) > 1
     assert max(life.device.opens) <= began_s + 5
+
+
+def test_who_was_replaced_is_not_heard_again_while_the_enforcer_is_busy(tmp_path: Path) -> None:
+    life = slow(tmp_path)
+    life.run(A)
+    life.snapshot({A: 300})
+    old = life.last
+    life.session = "newer"
+    life.snapshot({A: 400})
+    life.device.vanish("GPU-1")
+    life.pass_s(2, heartbeats=False)  # it opens a session
+    assert old is not None
+    reply = life.deliver(old)
+    assert isinstance(reply, m.Error)
+    assert reply.code == "stale"
