@@ -1,4 +1,7 @@
-"""The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run."""
+"""The privileged process, as a checklist: settings, sight, one owner, ledger, socket, run.
+
+It makes what the loop is given, NVML included, and holds no rule.
+"""
 
 import gc
 import os

@@ -1,4 +1,7 @@
-"""The clock that is handed in: tests hand in one that they move themselves."""
+"""The clock that is handed in: tests hand in one that they move themselves.
+
+It knows nothing of what is due.
+"""
 
 import time
 from typing import Protocol

@@ -1,4 +1,7 @@
-"""Who may ask what: decodes requests, checks them against a closed table, keeps the answers due."""
+"""Who may ask what: decodes requests, checks them against a closed table, keeps the answers due.
+
+It knows no GPU, no NVML and no process.
+"""
 
 import os
 from collections import deque

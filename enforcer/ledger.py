@@ -1,5 +1,7 @@
 """The ledger: which GPUs were written and what they had before, on disk before the first write.
 
+It knows no NVML and decides nothing.
+
 One JSON file, replaced atomically, the generation before it beside it. An original limit is
 fsynced before the GPU's first write. Later changes need not wait for the disk: the page cache
 outlives a killed process, and a crash of the machine makes the hardware forget its limits too.

@@ -1,5 +1,7 @@
 """Gives up what root may do beyond the one thing that NVML asks for.
 
+It knows no GPU, no pod and no setting.
+
 In ctypes because the standard library has neither prctl(2) nor capset(2), and the packages that
 have them are stale.
 """

@@ -1,4 +1,7 @@
-"""The processes on a GPU as evidence of who holds it: the device names pids, /proc their pods."""
+"""The processes on a GPU as evidence of who holds it: the device names pids, /proc their pods.
+
+It decides nothing and remembers nothing.
+"""
 
 from typing import Protocol
 

@@ -1,4 +1,7 @@
-"""The host's /proc: the only file that reads it, and the checks that it is the host's indeed."""
+"""The host's /proc: the only file that reads it, and the checks that it is the host's indeed.
+
+It knows no NVML, and of pods only what a cgroup says.
+"""
 
 import contextlib
 import ctypes

@@ -1,4 +1,7 @@
-"""What the enforcer reads from its environment; limits in milliwatts."""
+"""What the enforcer reads from its environment; limits in milliwatts.
+
+It says what a text means. shared/settings.py reads the environment.
+"""
 
 # ruff: noqa: RUF009 - `setting` only makes a dataclass field
 

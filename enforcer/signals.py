@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT as a socket that becomes readable, so that a loop ends between two steps."""
+"""SIGTERM and SIGINT as a socket that becomes readable, so that a loop ends between two steps.
+
+It knows nothing of what ends.
+"""
 
 import select
 import signal

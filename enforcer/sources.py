@@ -1,4 +1,7 @@
-"""Who holds which GPU, and on what evidence. Policy does not care which source it came from."""
+"""Who holds which GPU, and on what evidence. Policy does not care which source it came from.
+
+It knows no NVML and no /proc: processes.py does.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
