@@ -183,7 +183,7 @@ class Desk:
         seen, age_s = self.snapshot, round(self._clock.now_s() - self._heard_s, 3)
         if seen is None:
             return m.WatcherStatus()
-        near = age_s <= _LIVING_S
+        near = age_s - self._deaf_s <= _LIVING_S
         return m.WatcherStatus(
             connected=near, session=seen.session, revision=seen.revision, age_s=age_s
         )

@@ -37,6 +37,8 @@ _WITHOUT_REASON_S = 600.0
 _LEAST_S = 5.0
 _FIRST_S = 1.0
 _MOST_S = 32.0
+# A device that comes to the bus again and again is news ever more seldom.
+_NEWS = Backoff(_FIRST_S, _WITHOUT_REASON_S)
 
 Devices = frozenset[str] | None  # on the bus; None where that cannot be told
 
@@ -77,7 +79,8 @@ class Refused:
 class Open:
     """A session; handles of one with another `number` are worthless.
 
-    `faults` are what went wrong on listing and may not do so again. `devices` were on the bus.
+    `faults` are what went wrong on listing and may not do so again. `devices` were on the bus, and
+    `news` says from when on what comes there is a reason again.
     """
 
     number: int
@@ -86,6 +89,7 @@ class Open:
     again: Backoff
     devices: Devices
     search: Search | None
+    news: Backoff = _NEWS
 
 
 Driver = Shut | Refused | Open
@@ -131,7 +135,8 @@ def opened(before: Driver, number: int, devices: Devices, now_s: float) -> Open:
     """Return the state after a session was opened, before its boards are listed."""
     search = before.search if isinstance(before, Open) else None
     again = Backoff(_FIRST_S, _MOST_S)
-    return Open(number, now_s, (), again, devices, _next_try(search, now_s))
+    news = before.news if isinstance(before, Open) else _NEWS
+    return Open(number, now_s, (), again, devices, _next_try(search, now_s), news)
 
 
 def _next_try(search: Search | None, now_s: float) -> Search | None:
@@ -162,5 +167,16 @@ def on_the_bus(driver: Open, devices: Devices, now_s: float) -> Open:
     if devices is None or devices == driver.devices:
         return driver
     came = driver.devices is not None and bool(devices - driver.devices)
-    search = Search(_TRIES, now_s) if came else driver.search
-    return replace(driver, devices=devices, search=search)
+    driver = replace(driver, devices=devices)
+    return _expect(driver, now_s) if came else driver
+
+
+def _expect(driver: Open, now_s: float) -> Open:
+    """Return the state after a device came: it is searched for now, or when its wait is over."""
+    news = driver.news
+    if news.due_s is not None and now_s - news.due_s > news.most_s:
+        news = news.cleared()
+    due_s = now_s + news.left_s(now_s)
+    if driver.search is not None:
+        due_s = min(due_s, driver.search.due_s)
+    return replace(driver, search=Search(_TRIES, due_s), news=news.failed(now_s))

@@ -333,7 +333,9 @@ def test_who_asks_on_an_idle_node_is_told_the_limits(tmp_path: Path) -> None:
     life.snapshot({})
     life.pass_s(60)
     assert not life.device.is_open
-    assert life.gpu().limit_mw == 700_000
+    status = life.status()
+    assert [gpu.limit_mw for gpu in status.gpus] == [700_000, 700_000]
+    assert status.watcher.connected  # not to have listened is no silence
     opens = len(life.device.opens)
     life.pass_s(1)
     assert life.gpu().limit_mw == 700_000  # asked again: the session is still there
@@ -442,3 +444,16 @@ def test_who_was_replaced_is_not_heard_again_while_the_enforcer_is_busy(tmp_path
     reply = life.deliver(old)
     assert isinstance(reply, m.Error)
     assert reply.code == "stale"
+
+
+def test_a_device_that_comes_to_the_bus_again_and_again_is_no_storm_of_sessions(life: Life) -> None:
+    life.run(B, 1)
+    life.snapshot({B: 300})
+    for _ in range(360):
+        life.device.vanish("GPU-0")
+        life.pass_s(5)
+        life.device.reappear("GPU-0")
+        life.pass_s(5)
+    assert len(life.device.opens) < 60
+    life.pass_s(1200)
+    assert life.gpu(0).state == "free"
