@@ -198,7 +198,7 @@ def lost(gpu: Gpu, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
 
 
 def _losses(losses: Backoff, here: Present, now_s: float) -> Backoff:
-    """Return the losses that still count: none, if all was well for longer than the next wait."""
+    """Return the losses that still count: none, if all was well for more than ten minutes."""
     return losses.cleared() if now_s - here.since_s > losses.most_s else losses
 
 
