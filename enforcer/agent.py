@@ -181,6 +181,16 @@ class Agent:
 
     def _decide(self, desired: Desired) -> list[Gpu]:
         """Decide on every GPU; return those that may be written now."""
+        now_s = self._clock.now_s()
+        self._decide_all(desired)
+        stale = [gpu for gpu in self._ready(now_s) if self._reads_first(gpu, desired)]
+        for gpu in stale:
+            self._fleet.read(gpu)
+        if stale:
+            self._decide_all(desired)
+        return self._ready(now_s)
+
+    def _decide_all(self, desired: Desired) -> None:
         decisions = self._plan(desired)
         is_blind = not isinstance(self._fleet.driver, Open)
         for gpu in self._fleet:
@@ -192,12 +202,17 @@ class Agent:
             if decided.said != gpu.said:
                 why = decision.reason
                 self._log.info("gpu_state", uuid=gpu.uuid, state=decision.state, why=why)
-        now_s = self._clock.now_s()
-        ready = [gpu for gpu in self._fleet if one.is_ready(gpu, now_s)]
-        owned = self._ledger.entries
-        # The original limit is the one that is there just before the first write.
-        fresh = [gpu if gpu.uuid in owned else self._fleet.read(gpu) for gpu in ready]
-        return [gpu for gpu in fresh if isinstance(gpu.where, Present)]
+
+    def _ready(self, now_s: float) -> list[Gpu]:
+        return [gpu for gpu in self._fleet if one.is_ready(gpu, now_s)]
+
+    def _reads_first(self, gpu: Gpu, desired: Desired) -> bool:
+        """Tell whether a write must not rely on a reading that is some seconds old.
+
+        The original limit is the one that is there just before the first write, and while the
+        watcher is silent nothing may be raised above what there is (I4).
+        """
+        return gpu.uuid not in self._ledger.entries or desired.link == "silent"
 
     # ---- enter: write ahead ----
 

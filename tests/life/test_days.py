@@ -457,3 +457,27 @@ def test_a_device_that_comes_to_the_bus_again_and_again_is_no_storm_of_sessions(
     assert len(life.device.opens) < 60
     life.pass_s(1200)
     assert life.gpu(0).state == "free"
+
+
+def test_i4_in_silence_a_gpu_is_not_taken_at_more_than_it_has_by_now(life: Life) -> None:
+    life.snapshot({A: 450})
+    life.pass_s(12, heartbeats=False)
+    life.run(A)
+    life.board().limit_mw = 200_000  # since the last reading
+    life.pass_s(60, heartbeats=False)
+    assert life.watts() == 200
+    life.pass_s(3)
+    assert life.watts() == 450
+
+
+def test_i4_in_silence_a_gpu_is_not_changed_to_more_than_it_has_by_now(life: Life) -> None:
+    pid = life.run(A)
+    life.snapshot({A: 300, B: 250})
+    life.pass_s(14, heartbeats=False)
+    life.run(B)
+    life.end(pid)
+    life.board().limit_mw = 200_000
+    life.pass_s(60, heartbeats=False)
+    assert life.watts() == 200
+    life.pass_s(3)
+    assert life.watts() == 250
