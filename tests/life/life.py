@@ -152,14 +152,17 @@ class Life:
         return self.server.replies[-1]
 
     def snapshot(
-        self, pods: Mapping[str, float | None], others: Iterable[str] = ()
+        self,
+        pods: Mapping[str, float | None],
+        others: Iterable[str] = (),
+        aliases: Mapping[str, str] | None = None,
     ) -> m.Report | m.Error:
         """Say what is wanted, watts by pod."""
         self.revision += 1
         listed = [
             m.DesiredPod(
                 uid=uid,
-                aliases=[],
+                aliases=[alias for alias, of in (aliases or {}).items() if of == uid],
                 namespace="default",
                 name=uid,
                 limit_mw=None if watts is None else round(watts * 1000),

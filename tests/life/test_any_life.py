@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from enforcer.ledger import Ledger, LedgerError
@@ -22,7 +23,11 @@ from tests.life.hardware import Killed
 from tests.life.life import Life
 
 PODS = ("pod-a", "pod-b", "pod-c", "pod-d")
-OWNERS: tuple[str | Stranger, ...] = (*PODS, *PODS, Stranger.OTHER, Stranger.UNKNOWN)
+# Another id, which the cgroups of a static pod show.
+ALIASES = {"static-a": "pod-a"}
+OWNERS: tuple[str | Stranger, ...] = (
+    *PODS, *PODS, *ALIASES, Stranger.OTHER, Stranger.UNKNOWN,
+)  # fmt: skip
 WATTS = (150.0, 250.0, 300.0, 300.5, 450.0, 700.0, 900.0, None)
 FAULTS = {
     "pids": ("UNKNOWN", "GPU_IS_LOST", "NOT_SUPPORTED"),
@@ -70,10 +75,17 @@ class AnyLife:
             "lease": "hold" if self.lease_s is None else f"release:{self.lease_s:g}",
             "safe_default": self.chance.choice(["", "", "70%", "350"]),
             "max_watts": self.chance.choice(["", "", "600"]),
+            "on_exit": self.chance.choice(["restore", "restore", "restore", "hold"]),
+            "dry_run": self.chance.choice(["false"] * 9 + ["true"]),
         }
+        if settings["safe_default"]:
+            settings["conflict"] = self.chance.choice(["lowest", "safe-default"])
         self.life = Life(state_dir, gpus=GPUS, ledger=FickleLedger, **settings)
         self.device = self.life.device
-        self.device.open_costs_s = self.chance.choice([0.0, 1.0])
+        self.device.open_costs_s = self.chance.choice([0.0, 1.0, 1.0, 30.0])
+        self.life.bus.readable = self.chance.random() < 0.8
+        self.sessions = 1
+        self.life.session = "s1"
         for gpu in self.device.gpus.values():
             gpu.limit_mw = self.chance.choice([700_000, 650_000, 500_000])
             gpu.step_mw = self.chance.choice([1, 1, 1000])
@@ -96,6 +108,7 @@ class AnyLife:
         self.originals[uuid] = self.device.gpus[uuid].limit_mw
 
     def _before_set(self, uuid: str, limit_mw: int) -> None:
+        assert not self.life.config.dry_run, "written in a dry run"
         if self.kill_at_set == "before":
             self.kill_at_set = None
             raise Killed
@@ -146,6 +159,7 @@ class AnyLife:
             [
                 *(self.change_wish,) * 4,
                 *(self.start_process, self.end_process) * 3,
+                self.start_many,
                 *(self.pass_time,) * 4,
                 self.silence,
                 self.fault,
@@ -158,6 +172,9 @@ class AnyLife:
                 self.kill,
                 self.kill_amid_a_write,
                 self.restart,
+                self.another_watcher,
+                self.an_old_watcher,
+                self.ask,
                 self.ask,
             ]
         )
@@ -179,7 +196,8 @@ class AnyLife:
         self.stopping = False
 
     def tell(self) -> None:
-        reply = self.life.snapshot(self.pods, self.others)
+        others = self.others | {id_ for id_, uid in ALIASES.items() if uid in self.others}
+        reply = self.life.snapshot(self.pods, others, ALIASES)
         assert isinstance(reply, m.Report), reply
 
     def change_wish(self) -> None:
@@ -196,6 +214,10 @@ class AnyLife:
     def start_process(self) -> None:
         owner = OWNERS[self.chance.randrange(len(OWNERS))]
         self.pids[self.life.run(owner, self.chance.randrange(GPUS))] = owner
+
+    def start_many(self) -> None:
+        for _ in range(40):
+            self.start_process()
 
     def end_process(self) -> None:
         if self.pids:
@@ -233,6 +255,10 @@ class AnyLife:
         if self.device.gpus[uuid].there:
             self.device.vanish(uuid)
         else:
+            # In the next session every other one may have another number.
+            gpus = list(self.device.gpus.items())
+            self.chance.shuffle(gpus)
+            self.device.gpus = dict(gpus)
             self.device.reappear(uuid)
 
     def driver_away(self) -> None:
@@ -263,8 +289,26 @@ class AnyLife:
         self.stopping = False
         self.life.start()
 
+    def another_watcher(self) -> None:
+        self.sessions += 1
+        self.life.session, self.life.revision = f"s{self.sessions}", 0
+        self.tell()
+
+    def an_old_watcher(self) -> None:
+        """What a watcher says that another one has replaced changes nothing."""
+        self.tell()
+        self.another_watcher()
+        assert self.life.last is not None
+        heard_s = self.life.heard_s
+        old = msgspec.structs.replace(self.life.last, session=f"s{self.sessions - 1}", pods=[])
+        assert isinstance(self.life.deliver(old), m.Error), "an old watcher is heard"
+        self.life.heard_s = heard_s
+
     def ask(self) -> None:
+        began_s = self.life.clock.time_s
         status = self.life.status()
+        took_s = self.life.clock.time_s - began_s
+        assert took_s < 1 + 2 * self.device.open_costs_s, "an answer that comes late"
         assert all(gpu.reason for gpu in status.gpus), "I12"
         assert all(pod.reason for pod in status.pods), "I12"
 
@@ -273,6 +317,7 @@ class AnyLife:
     def calm(self) -> None:
         """Everything is repaired, and long enough passes for every wait to be over."""
         self.clear_faults()
+        self.life.bus.readable = True
         FickleLedger.full = False
         for uuid in self.device.gpus:
             self.device.vanish(uuid)
@@ -287,21 +332,47 @@ class AnyLife:
                 self.device.reappear(uuid)
             self.life.pass_s(3)
             self.tell()
+            self._until_all_are_back()
             # Longer than the longest wait after a refused write.
             self.life.pass_s(40)
         self._note_released()
 
+    def _until_all_are_back(self) -> None:
+        """What came and went often is searched for seldom: every ten minutes, in the end."""
+        until_s = self.life.clock.time_s + 700 + 6 * self.device.open_costs_s
+        while self.device.is_open and any(gpu.state == "lost" for gpu in self._told().gpus):
+            assert self.life.clock.time_s < until_s, "a GPU that is there stays lost"
+            self.life.pass_s(20)
+
+    def _told(self) -> m.Report:
+        reply = self.life.deliver(self.life.last or m.Ping())
+        assert isinstance(reply, m.Report)
+        return reply
+
+    def _owner(self, pid: int) -> str | Stranger:
+        owner = self.pids[pid]
+        is_known = isinstance(owner, str) and ALIASES.get(owner, owner) in self.pods
+        return ALIASES.get(owner, owner) if is_known and isinstance(owner, str) else owner
+
+    def _wanted_mw(self, usable: list[int]) -> int:
+        """Return what a GPU is to have whose pods ask for these."""
+        most_mw = min(700_000, self.life.config.max_mw or 700_000)
+        limits = {max(200_000, min(most_mw, mw)) for mw in usable}
+        default = self.life.config.safe_default
+        if len(limits) == 1 or default is None or self.life.config.conflict == "lowest":
+            return min(limits)
+        return max(200_000, min(most_mw, default.for_gpu(700_000) or 0))
+
     def comes_to_what_is_asked(self) -> None:
         for uuid, gpu in self.device.gpus.items():
-            owners = {self.pids[pid] for pid in gpu.pids}
+            owners = {self._owner(pid) for pid in gpu.pids}
             asked = [self.pods[uid] for uid in owners & self.pods.keys() if isinstance(uid, str)]
             usable = [round(watts * 1000) for watts in asked if watts is not None]
             shown = (uuid, self.life.gpu(int(uuid[-1])).reason)
             gone = owners - self.pods.keys() - self.others - {Stranger.OTHER}
             if usable and not gone:
-                most_mw = min(700_000, self.life.config.max_mw or 700_000)
-                wanted = min(max(200_000, min(most_mw, mw)) for mw in usable)
-                assert gpu.limit_mw == wanted // gpu.step_mw * gpu.step_mw, shown
+                wanted_mw = self._wanted_mw(usable)
+                assert gpu.limit_mw == wanted_mw // gpu.step_mw * gpu.step_mw, shown
             if not owners & self.pods.keys() and not gone and uuid in self.originals:
                 entry = self.life.ledger.entries[uuid]
                 assert entry.pods & self.pods.keys(), shown  # its worker restarts
@@ -315,10 +386,16 @@ class AnyLife:
         assert self.life.log.lines[lines:] == [], "I10: log lines in steady state"
         assert len(self.device.opens) == opens, "I10: sessions in steady state"
 
-    def ends_as_found(self) -> None:
+    def ends_as_configured(self) -> None:
+        limits = {uuid: gpu.limit_mw for uuid, gpu in self.device.gpus.items()}
+        entries = self.life.on_disk()
         originals = dict(self.originals)
         self.stopping = True
         self.life.stop()
+        if self.life.config.on_exit == "hold":
+            assert self.life.on_disk() == entries
+            assert limits == {uuid: gpu.limit_mw for uuid, gpu in self.device.gpus.items()}
+            return
         assert self.life.on_disk() == {}
         for uuid, original_mw in originals.items():
             gpu = self.device.gpus[uuid]
@@ -333,9 +410,10 @@ def live(seed: int, state_dir: Path) -> None:
     for _ in range(STEPS):
         any_life.step()
     any_life.calm()
-    any_life.comes_to_what_is_asked()
+    if not any_life.life.config.dry_run:
+        any_life.comes_to_what_is_asked()
     any_life.is_quiet()
-    any_life.ends_as_found()
+    any_life.ends_as_configured()
 
 
 @pytest.mark.parametrize("part", range(8))
