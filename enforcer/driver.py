@@ -38,7 +38,7 @@ _LEAST_S = 5.0
 _FIRST_S = 1.0
 _MOST_S = 32.0
 # A device that comes to the bus again and again is news ever more seldom.
-_NEWS = Backoff(_FIRST_S, _WITHOUT_REASON_S)
+_NEWS = Backoff(_FIRST_S, _MOST_S)
 
 Devices = frozenset[str] | None  # on the bus; None where that cannot be told
 

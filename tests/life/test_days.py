@@ -454,7 +454,7 @@ def test_a_device_that_comes_to_the_bus_again_and_again_is_no_storm_of_sessions(
         life.pass_s(5)
         life.device.reappear("GPU-0")
         life.pass_s(5)
-    assert len(life.device.opens) < 60
+    assert len(life.device.opens) < 150
     life.pass_s(1200)
     assert life.gpu(0).state == "free"
 
