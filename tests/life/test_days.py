@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from enforcer.device import Facts
+from enforcer.device import Board, Facts
 from enforcer.policy import Stranger
 from shared import messages as m
 from tests.life.life import Life
@@ -481,3 +481,20 @@ def test_i4_in_silence_a_gpu_is_not_changed_to_more_than_it_has_by_now(life: Lif
     assert life.watts() == 200
     life.pass_s(3)
     assert life.watts() == 250
+
+
+def test_a_new_snapshot_looks_only_at_the_gpus_that_it_bears_on(life: Life) -> None:
+    life.run(A, 0)
+    life.run(B, 1)
+    life.snapshot({A: 300, B: 300})
+    life.pass_s(1.5)
+    looked: list[str] = []
+    pids = life.device.pids
+
+    def note(board: Board) -> set[int]:
+        looked.append(board.uuid)
+        return pids(board)
+
+    life.device.pids = note  # type: ignore[method-assign]
+    life.snapshot({A: 300, B: 250})
+    assert (looked, life.watts(1)) == (["GPU-1"], 250)
