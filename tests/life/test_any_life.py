@@ -216,8 +216,9 @@ class AnyLife:
         self.pids[self.life.run(owner, self.chance.randrange(GPUS))] = owner
 
     def start_many(self) -> None:
+        owner, number = self.chance.choice(OWNERS), self.chance.randrange(GPUS)
         for _ in range(40):
-            self.start_process()
+            self.pids[self.life.run(owner, number)] = owner
 
     def end_process(self) -> None:
         if self.pids:
@@ -321,8 +322,11 @@ class AnyLife:
         FickleLedger.full = False
         for uuid in self.device.gpus:
             self.device.vanish(uuid)
-        untold = [pid for pid, owner in self.pids.items() if owner is Stranger.UNKNOWN]
-        for pid in untold:
+        ends: set[str | Stranger] = {Stranger.UNKNOWN}
+        if self.chance.random() < 0.7:  # what is gone has ended, too
+            here = self.pods.keys() | self.others
+            ends |= {id_ for id_ in (*PODS, *ALIASES) if ALIASES.get(id_, id_) not in here}
+        for pid in [pid for pid, owner in self.pids.items() if owner in ends]:
             del self.pids[pid]
             self.life.end(pid)
         with self._survives_kills():
@@ -369,7 +373,8 @@ class AnyLife:
             asked = [self.pods[uid] for uid in owners & self.pods.keys() if isinstance(uid, str)]
             usable = [round(watts * 1000) for watts in asked if watts is not None]
             shown = (uuid, self.life.gpu(int(uuid[-1])).reason)
-            gone = owners - self.pods.keys() - self.others - {Stranger.OTHER}
+            others = self.others | {id_ for id_, uid in ALIASES.items() if uid in self.others}
+            gone = owners - self.pods.keys() - others - {Stranger.OTHER}
             if usable and not gone:
                 wanted_mw = self._wanted_mw(usable)
                 assert gpu.limit_mw == wanted_mw // gpu.step_mw * gpu.step_mw, shown
