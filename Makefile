@@ -94,8 +94,9 @@ ROUNDS ?= 200
 SEED ?= 1
 chaos: setup ## kills, hostile clients and pods, faults at length: ROUNDS=200 SEED=1
 	@KUBEBUILDER_ASSETS="$${KUBEBUILDER_ASSETS:-$$($(PY) -m tests.kube.assets --if-cached)}" \
-	    CHAOS_ROUNDS=$(ROUNDS) CHAOS_SEED=$(SEED) $(PY) -m pytest -s --timeout 300 \
-	    tests/chaos tests/kube/test_restored.py $(ARGS)
+	    CHAOS_ROUNDS=$(ROUNDS) CHAOS_SEED=$(SEED) LIVES=$(ROUNDS)0 \
+	    $(PY) -m pytest -s --timeout 1200 \
+	    tests/chaos tests/life/test_any_life.py tests/kube/test_restored.py $(ARGS)
 
 # atheris has no wheels for every platform and Python, so it is in no lock: without it, chance.
 SECONDS ?= 60

@@ -38,7 +38,7 @@ FAULTS = {
     "power": ("UNKNOWN",),
 }
 SILENT_S = 10.0
-LIVES = int(os.environ.get("LIVES", "160"))
+LIVES = int(os.environ.get("LIVES", "64"))
 STEPS = 40
 GPUS = 3
 
