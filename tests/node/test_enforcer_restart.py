@@ -85,7 +85,7 @@ def test_sigint_ends_it_cleanly_too() -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_last_moment_before_a_wait_ends_it(how: signal.Signals) -> None:
     """The wait is longer than the test may take: what is seen only after it is lost."""
-    with EnforcerNode(scan_seconds="300") as node:
+    with EnforcerNode(scan_seconds="300", reconcile_seconds="300") as node:
         node.settings |= late_signal.environment(how, 5)
         assert ended(node.spawn()) == 0, node.errors()
         assert node.logs("stopped")

@@ -72,7 +72,7 @@ def test_one_that_waits_for_anothers_lock_has_not_started() -> None:
 
 def test_one_that_turns_seldom_is_asked() -> None:
     """Where nobody speaks to it, it turns when it looks for processes."""
-    with EnforcerNode(scan_seconds="300") as node:
+    with EnforcerNode(scan_seconds="300", reconcile_seconds="300") as node:
         node.start()
         wait_for(node, good=False)  # by the pulse alone, which grows old
         assert probe(node, WITH_POWERCTL)
