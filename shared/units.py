@@ -5,21 +5,26 @@ import re
 MILLIWATTS_PER_WATT = 1000
 MAX_MW = 100_000 * MILLIWATTS_PER_WATT
 
-# ASCII digits with at most three decimals. `\d` would also take digits of other scripts.
-_WATTS = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
+# A value from a file or a block scalar ends in a line break.
+_BLANKS = " \t\n\v\f\r"
+# `\d` would also take digits of other scripts. The plus sign is what some writers let through.
+_WATTS = re.compile(r"\+?([0-9]{1,6})(?:\.([0-9]+))?")
+_DECIMALS = 3
 
 
 def parse_watts(text: str) -> int:
     """Return the milliwatts that `text` (decimal watts such as `350` or `48.75`) means.
 
-    Surrounding blanks are ignored; raises ValueError for anything else, zero and values over
-    100000 W included. Nothing is rounded: three decimals of a watt are whole milliwatts.
+    Surrounding ASCII blanks and a plus sign are ignored. Decimals beyond milliwatts, as a program
+    writes them that computes in floating point, are cut off: a limit is rounded down, never up.
+    Raises ValueError for anything else, zero and values over 100000 W included.
     """
-    match = _WATTS.fullmatch(text.strip(" \t"))
+    match = _WATTS.fullmatch(text.strip(_BLANKS))
     if match is None:
         raise ValueError("not decimal watts such as 350 or 350.5")
     whole, fraction = match.group(1), match.group(2) or ""
-    limit_mw = int(whole) * MILLIWATTS_PER_WATT + int(fraction.ljust(3, "0"))
+    milliwatts = fraction[:_DECIMALS].ljust(_DECIMALS, "0")
+    limit_mw = int(whole) * MILLIWATTS_PER_WATT + int(milliwatts)
     if not 0 < limit_mw <= MAX_MW:
         raise ValueError("not above 0 and at most 100000 watts")
     return limit_mw
