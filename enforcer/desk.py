@@ -121,12 +121,12 @@ class Desk:
         self._heard_s = now_s
         self._deaf_s = 0.0
         self.snapshot = new
-        if last and (last.pods, last.others) == (new.pods, new.others):
+        if last and _asks(last) == _asks(new):
             return  # a heartbeat
         self.changed = True
         pods = {pod.uid: pod.limit_mw for pod in new.pods}
         ids = {alias: pod.uid for pod in new.pods for alias in pod.aliases}
-        self._desired = Desired("living", pods, ids, frozenset(new.others))
+        self._desired = Desired("living", pods, ids, frozenset(new.others), new.scope == "node")
         self._publish_accepted(new)
 
     def _check_session(self, new: m.Snapshot, now_s: float) -> None:
@@ -187,3 +187,8 @@ class Desk:
         return m.WatcherStatus(
             connected=near, session=seen.session, revision=seen.revision, age_s=age_s
         )
+
+
+def _asks(snapshot: m.Snapshot) -> tuple[object, ...]:
+    """Return what a snapshot says of the node; a heartbeat says the same again."""
+    return snapshot.scope, snapshot.pods, snapshot.others

@@ -44,6 +44,8 @@ WRITE_GAP_S = 0.1
 _AGAIN = Backoff(first_s=1.0, most_s=32.0)
 # A GPU that is lost again and again is searched for ever more seldom.
 _LOST = Backoff(first_s=1.0, most_s=600.0)
+# More than ran at one time: then those that run now are remembered.
+_NEIGHBOURS = 1024
 
 Kind = Literal[
     "limit_set", "limit_released", "limit_failed", "limit_drifted", "gpu_lost", "gpu_back"
@@ -72,6 +74,9 @@ class Present:
     since_s: float
     reading: Reading = UNREAD
     sighting: Sighting | None = None
+    # Who was seen on it together with the pods that it is kept for: they have not taken it. This
+    # is not in the ledger, so after a restart it is known again once the pods are seen.
+    beside: frozenset[str | int] = frozenset()
 
 
 UNSEEN = Unseen()
@@ -173,8 +178,10 @@ Outcome = Wrote | Refused | Noted | NotEntered
 def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list[Happening]]:
     """Return the GPU after it answered in that session."""
     facts = board.facts.or_else(gpu.facts)
-    since_s = gpu.where.since_s if isinstance(gpu.where, Present) else now_s
-    here = replace(gpu, facts=facts, where=Present(board, session, since_s))
+    since_s, beside = now_s, frozenset[str | int]()
+    if isinstance(gpu.where, Present):
+        since_s, beside = gpu.where.since_s, gpu.where.beside
+    here = replace(gpu, facts=facts, where=Present(board, session, since_s, beside=beside))
     if not isinstance(gpu.where, Lost):
         return here, []
     return here, [_told(here, "gpu_back", None, f"it answers again, as GPU {board.index}")]
@@ -232,10 +239,38 @@ def was_read(gpu: Gpu, reading: Reading) -> Gpu:
 
 
 def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
-    """Return the GPU with a new look at who holds it."""
-    if not isinstance(gpu.where, Present) or gpu.where.sighting == sighting:
+    """Return the GPU with a new look at who holds it.
+
+    A process that has gone is no neighbour any more: its pid may come back as another's.
+    """
+    here = gpu.where
+    if not isinstance(here, Present) or here.sighting == sighting:
         return gpu
-    return replace(gpu, where=replace(gpu.where, sighting=sighting))
+    beside = here.beside
+    if sighting.occupants is not None:
+        pods = frozenset(each for each in beside if isinstance(each, str))
+        beside = pods | (beside & sighting.tenants)
+    return replace(gpu, where=replace(here, sighting=sighting, beside=beside))
+
+
+def _with_neighbours(gpu: Gpu, decision: Decision) -> Gpu:
+    """Remember who runs on it beside the pods that it is kept for, as long as it is kept."""
+    here = gpu.where
+    if not isinstance(here, Present) or here.sighting is None:
+        return gpu
+    beside = here.beside
+    if decision.neighbours:
+        beside = beside | here.sighting.tenants
+        if len(beside) > _NEIGHBOURS:
+            beside = here.sighting.tenants
+    elif decision.state == "free":
+        beside = frozenset()
+    return gpu if beside == here.beside else replace(gpu, where=replace(here, beside=beside))
+
+
+def _newcomers(here: Present) -> bool:
+    """Tell whether one runs on it that was never seen beside the pods that it is kept for."""
+    return here.sighting is None or bool(here.sighting.tenants - here.beside)
 
 
 def owners(gpu: Gpu) -> Occupants | None:
@@ -260,6 +295,7 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
     return SeenGpu(
         uuid=gpu.uuid,
         occupants=owners(gpu),
+        newcomers=_newcomers(gpu.where),
         limit_mw=gpu.limit_mw,
         default_mw=facts.default_mw,
         min_mw=facts.min_mw,
@@ -273,6 +309,7 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
 def decided(gpu: Gpu, decision: Decision, *, dry_run: bool) -> Gpu:
     """Return the GPU with a decision; where nothing is to be done, no trouble is left."""
     said = gpu.said if decision is UNDECIDED else decision.state
+    gpu = _with_neighbours(gpu, decision)
     if gpu.trouble and decision.action == "drift":
         decision = replace(decision, action=gpu.trouble.decision.action)
     if dry_run and decision.action:

@@ -21,6 +21,8 @@ Link = Literal["living", "silent", "unheard", "expired", "stopping"]
 # What a GPU's decision means for one annotated pod on it. held: the GPU stays as it is, and that is
 # not the pod's limit. invalid: the pod asks for nothing usable.
 Stance = Literal["enforced", "clamped", "conflict", "held", "invalid"]
+# Times the most that a board takes.
+_MISTAKE = 10
 _END = {"expired": "watcher silent for longer than the lease", "stopping": "the enforcer stops"}
 
 
@@ -49,6 +51,8 @@ class SeenGpu:
     default_mw: int | None
     min_mw: int | None
     max_mw: int | None
+    # Whether one of them was never seen beside the pods that it is kept for.
+    newcomers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ class Desired:
     pods: Mapping[str, int | None] = field(default_factory=dict)
     ids: Mapping[str, str] = field(default_factory=dict)
     others: frozenset[str] = frozenset()
+    # All pods of the node are in it. Else a pod that is not in it may be another namespace's.
+    whole: bool = True
 
     def uid_of(self, owner: str) -> str:
         """Return the pod that `owner` is another id of; a pod's own uid wins a collision."""
@@ -67,6 +73,10 @@ class Desired:
     def pods_among(self, occupants: Iterable[str | Stranger]) -> frozenset[str]:
         """Return the uids of the pods among `occupants`."""
         return frozenset(self.uid_of(owner) for owner in occupants if isinstance(owner, str))
+
+    def never_told_of(self, uids: frozenset[str]) -> frozenset[str]:
+        """Return those pods of which the API should have told, and has not (I5)."""
+        return uids - self.pods.keys() - self.others if self.whole else frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,14 @@ class Owned:
     pods: frozenset[str]
     since: float = 0.0
     aliases: frozenset[str] = frozenset()
+
+
+def mistaken_units(asked_mw: int, max_mw: int | None) -> bool:
+    """Tell whether so much is asked of a board that it must be milliwatts, not watts.
+
+    Clamped it would be the board's maximum: no limit at all, and nobody would see it.
+    """
+    return max_mw is not None and 0 < max_mw * _MISTAKE <= asked_mw
 
 
 def bounds(rules: EnforcerSettings, min_mw: int | None, max_mw: int | None) -> Bounds | None:
@@ -107,6 +125,8 @@ class Decision:
     aliases: frozenset[str] = frozenset()
     action: Action | None = None
     stances: Mapping[str, Stance] = field(default_factory=dict)
+    # Who is on it now runs beside its pods.
+    neighbours: bool = False
 
 
 UNDECIDED = Decision("free", "not looked at yet")
@@ -171,7 +191,7 @@ class _Case:
         return replace(decision, stances={uid: self._stance(uid, decision) for uid in concerned})
 
     def _stance(self, uid: str, decision: Decision) -> Stance:
-        asked_mw = self.desired.pods[uid]
+        asked_mw = self._usable(uid)
         if asked_mw is None:
             return "invalid"
         may = bounds(self.rules, self.gpu.min_mw, self.gpu.max_mw)
@@ -182,22 +202,43 @@ class _Case:
             return "held" if decision.state == "held" else "conflict"
         return "enforced" if has_mw == asked_mw else "clamped"
 
+    def _usable(self, uid: str) -> int | None:
+        """Return what a pod asks of this board, None where that is nothing usable."""
+        asked_mw = self.desired.pods[uid]
+        if asked_mw is None or mistaken_units(asked_mw, self.gpu.max_mw):
+            return None
+        return asked_mw
+
     def _by_pods(self, uids: frozenset[str]) -> Decision:
         occupied, wanted, others = self.gpu.occupants, self.desired.pods.keys(), self.desired.others
         mine = self.owned.pods if self.owned else frozenset()
         ghosts = (uids & self._ids()) - wanted - others  # deleted by force, or an API in error
+        unknown = self.desired.never_told_of(uids - self._ids())
+        resting = frozenset() if occupied and self.gpu.newcomers else mine & wanted
         if asking := uids & wanted:
-            return self._grant(asking, ghosts)
+            granted = replace(self._grant(asking | resting, ghosts), neighbours=True)
+            # The unknown pod may ask for less, so only its coming to light raises the limit.
+            raises = bool(unknown) and self._gives_power(granted)
+            return self._hold(_never_told(unknown)) if raises else granted
         if ghosts:
             return self._hold(_still_runs(ghosts))
+        if self.owned and unknown:
+            return self._hold(_never_told(unknown))
+        if resting:
+            return self._rest(resting)
         if occupied and not uids & mine & others:
             return self._give_back("only processes that ask for nothing run on it")
-        if not occupied and (resting := mine & wanted):
-            kept = self._grant(resting, frozenset())
-            return replace(kept, reason=f"{kept.reason}; kept while its pod has no process")
         if mine & others:
             return self._give_back("its pod no longer carries the annotation")
         return self._give_back("its pod is gone" if self.owned else "nobody uses it")
+
+    def _rest(self, resting: frozenset[str]) -> Decision:
+        """Keep what a pod has that still exists: its worker restarts, and nobody took the GPU."""
+        kept = self._grant(resting, frozenset())
+        why = "kept while its pod has no process"
+        if self.gpu.occupants:
+            why += ", and only those run on it that ran beside"
+        return replace(kept, reason=f"{kept.reason}; {why}", neighbours=True)
 
     def _grant(self, asking: frozenset[str], ghosts: frozenset[str]) -> Decision:
         """Decide on the limit for the annotated pods `asking`; `ghosts` hold what they had."""
@@ -208,7 +249,7 @@ class _Case:
         if low > high:
             least, most = f"at least {w(low)} W", f"at most {w(high)} W"
             return self._impossible(f"the bounds leave nothing: {least}, {most}")
-        asked = [mw for uid in asking if (mw := self.desired.pods[uid]) is not None]
+        asked = [mw for uid in asking if (mw := self._usable(uid)) is not None]
         limits = {_clamped(mw, may) for mw in asked}
         disagree = len(limits) > 1 and self.rules.conflict != "lowest"
         if limits and not disagree:
@@ -290,7 +331,10 @@ class _Case:
         who = self.gpu.occupants
         if not who or Stranger.UNKNOWN in who:
             return False
-        return not self.desired.pods_among(who) & (self._ids() | self.desired.pods.keys())
+        if self.desired.pods_among(who) & (self._ids() | self.desired.pods.keys()):
+            return False
+        # Who ran beside its pods has not taken it, and a pod of which nothing is known may be its.
+        return self.gpu.newcomers
 
     def _give_back(self, why: str) -> Decision:
         if self.owned is None:
@@ -338,3 +382,7 @@ def _names(uids: Iterable[str]) -> str:
 
 def _still_runs(ghosts: Iterable[str]) -> str:
     return f"pod {_names(ghosts)} is gone but its processes still run"
+
+
+def _never_told(uids: Iterable[str]) -> str:
+    return f"the API never told of pod {_names(uids)}, which runs on it: it may ask for a limit"

@@ -18,6 +18,11 @@ class Occupant:
     pid: int
     evidence: str
 
+    @property
+    def tenant(self) -> str | int:
+        """What tells it from other holders: a pod's id, which its restarts share, or the pid."""
+        return self.owner if isinstance(self.owner, str) else self.pid
+
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
@@ -32,6 +37,11 @@ class Sighting:
         if self.occupants is None:
             return None
         return frozenset(occupant.owner for occupant in self.occupants)
+
+    @property
+    def tenants(self) -> frozenset[str | int]:
+        """What tells the holders from others; nothing where they are not known."""
+        return frozenset(occupant.tenant for occupant in self.occupants or ())
 
 
 class Source(Protocol):

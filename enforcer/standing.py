@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from enforcer.policy import Stance
 from shared import messages as m
+from shared.units import MILLIWATTS_PER_WATT, same_limit
 from shared.units import format_watts as w
-from shared.units import same_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,13 @@ def _state(asked: m.DesiredPod, mine: list[Share]) -> tuple[m.PodState, str]:
         return "failed", str(broken[0])
     if asked.limit_mw is None:
         does = f"; {mine[0]}" if mine else ""
-        return "invalid", f"{asked.raw!r} is not decimal watts such as 350{does}"
+        want = "decimal watts such as 350, above 0 and at most 100000"
+        return "invalid", f"{asked.raw!r} is no limit: write {want}{does}"
     if not mine:
         return "waiting", "no process of it is seen on a GPU yet"
+    for share in mine:
+        if share.stance == "invalid":
+            return "invalid", _mistaken(asked.limit_mw, share)
     for share in mine:
         if unsettled := _unsettled(share):
             return unsettled
@@ -98,3 +102,14 @@ def _settled(asked_mw: int, mine: list[Share]) -> tuple[m.PodState, str]:
 
 def _least(shares: list[Share]) -> Share:
     return min(shares, key=lambda share: share.gpu.target_mw or 0)
+
+
+def _mistaken(asked_mw: int, share: Share) -> str:
+    """Return why so many watts are none, and what was meant if the board could have that."""
+    gpu = share.gpu
+    most = f"{w(asked_mw)} W is at least ten times what this GPU takes at most"
+    text = f"{most} ({w(gpu.max_mw)} W); the value is in watts"
+    meant_mw = asked_mw // MILLIWATTS_PER_WATT
+    if (gpu.min_mw or 1) <= meant_mw <= (gpu.max_mw or 0):
+        text += f", not milliwatts: did you mean {w(meant_mw)}?"
+    return f"{text}; {share}"

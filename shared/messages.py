@@ -57,6 +57,8 @@ class Snapshot(_Request, frozen=True, kw_only=True, tag="snapshot"):
     node: Name
     pods: list[DesiredPod]
     others: list[Id]
+    # Whether these are all pods of the node, or those of one namespace.
+    scope: Literal["node", "namespace"] = "node"
 
 
 class Status(_Request, frozen=True, kw_only=True, tag="status"):

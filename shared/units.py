@@ -26,7 +26,7 @@ def parse_watts(text: str) -> int:
     milliwatts = fraction[:_DECIMALS].ljust(_DECIMALS, "0")
     limit_mw = int(whole) * MILLIWATTS_PER_WATT + int(milliwatts)
     if not 0 < limit_mw <= MAX_MW:
-        raise ValueError("not above 0 and at most 100000 watts")
+        raise ValueError("not above 0 and at most 100000 watts; write watts, not milliwatts")
     return limit_mw
 
 

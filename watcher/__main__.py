@@ -51,8 +51,8 @@ class Watcher:
         self._recorder = Recorder(self._api, settings.node, log) if settings.events else None
         on_report = self._recorder.take if self._recorder else lambda *_: None
         client, box = Client(settings.run_dir), self._mailbox
-        self._publisher = Publisher(client, box, settings.node, self._counts, log, on_report)
         scope, reader = Scope(settings.node, settings.namespace), PodReader(settings.annotation)
+        self._publisher = Publisher(client, box, scope, self._counts, log, on_report)
         self._reflector = Reflector(self._api, scope, reader, box.offer, self._counts, log)
         self._reflecting = threading.Thread(
             target=self._reflector.run, name="reflector", daemon=True

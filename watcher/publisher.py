@@ -24,6 +24,7 @@ from shared.units import format_watts
 from watcher import snapshot
 from watcher.metadata import Pod
 from watcher.metrics import Counts, Link
+from watcher.reflector import Scope
 
 HEARTBEAT_S = 2.0
 SILENT_S = 5.0  # two heartbeats and a turn without any answer
@@ -99,7 +100,7 @@ class Publisher:
         self,
         client: Client,
         mailbox: Mailbox,
-        node: str,
+        scope: Scope,
         counts: Counts,
         log: Log,
         on_report: Callable[[messages.Report, list[messages.DesiredPod]], None],
@@ -108,7 +109,7 @@ class Publisher:
         """Prepare; nothing is sent before `run`. `on_report` gets what was asked for too."""
         self._client = client
         self._mailbox = mailbox
-        self._node = node
+        self._scope = scope
         self._counts = counts
         self._log = log
         self._on_report = on_report
@@ -187,9 +188,10 @@ class Publisher:
         made = messages.Snapshot(
             session=self._session,
             revision=self._revision + 1,
-            node=self._node,
+            node=self._scope.node,
             pods=content.pods,
             others=content.others,
+            scope="namespace" if self._scope.namespace else "node",
         )
         size = len(messages.encode(made))
         if size > messages.MAX_MESSAGE_BYTES:

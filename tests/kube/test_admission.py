@@ -95,12 +95,13 @@ def stored(rest: RestClient) -> Iterator[Callable[[str | None], str]]:
 # ---------------------------------------------------------------------- what is a limit
 
 TEXTS = [
-    "350", "350.5", "48.75", "0.001", "350.125", " 350", "350\t", " \t350 ", "100000", "100000.000",
-    "007", "000001", "",
-    " ", "0", "0.0", "000", "350W", "350 W", "-1", "+350", "1e3", "0x10", "1_000", "1,5", ".5",
-    "5.", "350.1234", "244.99999999999997", "306.25000000000006", "350.5000", "0.0004", "100000.001", "100001", "1000000", "NaN", "Inf", "inf", "null", "true",
-    "３５０", "٣٥٠", "350\n", "350\r\n", "\v350\f",
-    "35\n0", "++350", "+ 350", "+", "350\x85", "\u00a0350", "3 5 0", "9" * 500, "'", "\\", "350;reboot",
+    "350", "350.5", "48.75", "0.001", "350.125", " 350", "350\t", " \t350 ", "100000",
+    "100000.000", "007", "000001", "", " ", "0", "0.0", "000", "350W", "350 W", "-1",
+    "+350", "1e3", "0x10", "1_000", "1,5", ".5", "5.", "350.1234", "244.99999999999997",
+    "306.25000000000006", "350.5000", "0.0004", "100000.001", "100001", "1000000", "NaN",
+    "Inf", "inf", "null", "true", "３５０", "٣٥٠", "350\n", "350\r\n", "\x0b350\x0c", "35\n0",
+    "++350", "+ 350", "+", "350\x85", "\xa0350", "3 5 0", "9" * 500, "'", "\\",
+    "350;reboot",
 ]  # fmt: skip
 
 
@@ -126,8 +127,9 @@ def test_the_policy_takes_what_the_agent_takes_and_refuses_the_rest(rest: RestCl
 
 
 @pytest.mark.parametrize(("text", "meant"), [("70000", "70"), ("10000", "10"), ("9999", None)])
+@pytest.mark.usefixtures("rest")
 def test_milliwatts_by_mistake_are_taken_with_a_warning(
-    cluster: ControlPlane, rest: RestClient, text: str, meant: str | None
+    cluster: ControlPlane, text: str, meant: str | None
 ) -> None:
     """The policy knows no board, so it refuses nothing of this kind; the agent does."""
 

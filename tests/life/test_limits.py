@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -186,15 +187,88 @@ def test_another_process_takes_over_is_given_back(taker: str) -> None:
         node.start()
         pid = node.run_pod(A)
         node.snapshot({A: 300}, others=[B])
+        node.end(pid)
+        node.looks()
+        assert node.limit() == 300  # its worker restarts
         if taker == "host":
             node.run_host()
         else:
             node.run_pod(B)
-        node.looks()
-        assert node.limit() == 300  # together: the annotated pod's value
-        node.end(pid)
         node.wait_limit(700)
         until(lambda: node.owned() == {}, "no longer owned")
+
+
+@pytest.mark.parametrize("neighbour", ["host", "unannotated"])
+def test_who_ran_beside_the_worker_does_not_take_its_gpu(neighbour: str) -> None:
+    """A weight server or an MPS daemon keeps its context while the worker restarts."""
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300}, others=[B, C])
+        run = node.run_host if neighbour == "host" else partial(node.run_pod, B)
+        beside = run()
+        for _ in range(3):  # the worker restarts again and again
+            node.looks()
+            node.end(pid)
+            node.looks()
+            assert node.limit() == 300
+            pid = node.run_pod(A)
+            node.looks()
+        node.end(pid)
+        node.end(beside)  # it restarts too: a pod is known again, a process of the host is not
+        node.looks()
+        run()
+        if neighbour == "host":
+            node.wait_limit(700)
+        else:
+            node.looks()
+            assert node.limit() == 300
+            node.run_pod(C)  # this one was never there
+            node.wait_limit(700)
+        until(lambda: node.owned() == {}, "no longer owned")
+
+
+def test_who_ran_beside_does_not_hold_a_gone_pods_limit() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.run_pod(B)
+        node.snapshot({A: 300}, others=[B])
+        node.looks()
+        node.end(pid)
+        node.looks()
+        assert node.limit() == 300
+        node.snapshot({}, others=[B])
+        node.wait_limit(700)
+
+
+def test_a_pod_that_the_api_never_told_of_takes_no_gpu() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.end(pid)
+        node.run_pod(C)
+        node.looks()
+        assert node.limit() == 300
+        assert f"never told of pod {C}" in node.gpu().reason
+        node.snapshot({A: 300}, others=[C])  # the event was late
+        node.wait_limit(700)
+
+
+def test_milliwatts_by_mistake_are_no_limit_and_the_pod_says_what_was_meant() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 70_000})
+        node.looks()
+        assert node.limit() == 700
+        assert node.pod(A).state == "invalid"
+        assert "at least ten times what this GPU takes at most (700 W)" in node.pod(A).reason
+        assert "did you mean" not in node.pod(A).reason  # 70 W are not for this board
+        node.gpus[0].limit_mw = 650_000  # nobody limits it
+        node.looks()
+        assert node.limit() == 650
 
 
 def test_static_pod_is_known_by_the_kubelets_id() -> None:

@@ -361,7 +361,7 @@ def test_an_answer_that_msgspec_has_another_error_for_raises_a_decode_error(
 def test_no_pid_and_no_path_travels_towards_root() -> None:
     definitions = messages.schema()["$defs"]
     fields = [*definitions["Snapshot"]["properties"], *definitions["DesiredPod"]["properties"]]
-    assert sorted(fields) == sorted([*SNAPSHOT, *POD])
+    assert sorted(fields) == sorted([*SNAPSHOT, "scope", *POD])
     for request in ("Status", "Ping"):
         assert definitions[request]["properties"].keys() == {"type", "v"}
 

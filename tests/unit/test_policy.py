@@ -217,11 +217,73 @@ def test_row_no_live_process_not_owned_is_left_alone() -> None:
     assert outcome(decide(living({A: 300_000}), seen())) == ("free", None, None)
 
 
-@pytest.mark.parametrize("takers", [(OTHER,), (B,), (C,), (OTHER, B)])
+@pytest.mark.parametrize("takers", [(OTHER,), (B,), (OTHER, B)])
 def test_row_only_others_processes_owned_gives_back(takers: tuple[str | Stranger, ...]) -> None:
     desired = living({A: 300_000}, others=(B,))
     decision = decide(desired, seen(*takers, limit_mw=300_000), owned(300_000, A))
     assert outcome(decision) == ("free", FACTORY_MW, "release")
+
+
+@pytest.mark.parametrize("neighbours", [(OTHER,), (B,), (OTHER, B)])
+def test_row_only_those_that_ran_beside_keep_it(neighbours: tuple[str | Stranger, ...]) -> None:
+    here = replace(seen(*neighbours, limit_mw=300_000), newcomers=False)
+    decision = decide(living({A: 300_000}, others=(B,)), here, owned(300_000, A))
+    assert outcome(decision) == ("managed", 300_000, None)
+    assert decision.neighbours
+    gone = decide(living({}, others=(B,)), here, owned(300_000, A))
+    assert outcome(gone) == ("free", FACTORY_MW, "release")
+
+
+# ---------------------------------------------------------------- a pod that the API never told of
+
+
+def test_a_pod_that_the_api_never_told_of_does_not_take_a_gpu() -> None:
+    for desired in (living({A: 300_000}), living({}), living({}, others=(A,))):
+        decision = decide(desired, seen(C, limit_mw=300_000), owned(300_000, A))
+        assert outcome(decision) == ("held", 300_000, None)
+        assert f"never told of pod {C}" in decision.reason
+
+
+def test_of_one_namespace_it_cannot_be_known_so_it_is_another_namespaces() -> None:
+    desired = replace(living({A: 300_000}), whole=False)
+    decision = decide(desired, seen(C, limit_mw=300_000), owned(300_000, A))
+    assert outcome(decision) == ("free", FACTORY_MW, "release")
+
+
+def test_beside_such_a_pod_a_limit_is_set_and_lowered_but_not_raised() -> None:
+    desired, here = living({A: 300_000}), seen(A, C, limit_mw=700_000)
+    assert outcome(decide(desired, here)) == ("managed", 300_000, "acquire")
+    here = seen(A, C, limit_mw=400_000)
+    assert outcome(decide(desired, here, owned(400_000, A))) == ("managed", 300_000, "adjust")
+    here = seen(A, C, limit_mw=250_000)
+    assert outcome(decide(desired, here, owned(250_000, A)))[0] == "held"
+
+
+def test_a_gpu_that_is_not_owned_is_free_whoever_runs_on_it() -> None:
+    assert outcome(decide(living({A: 300_000}), seen(C))) == ("free", None, None)
+
+
+# ---------------------------------------------------------------- a mistake of units
+
+
+@pytest.mark.parametrize(
+    ("asked_mw", "stance"),
+    [(FACTORY_MW * 10 - 1, "clamped"), (FACTORY_MW * 10, "invalid"), (70_000_000, "invalid")],
+)
+def test_ten_times_what_the_board_takes_is_a_mistake_of_units(asked_mw: int, stance: str) -> None:
+    decision = decide(living({A: asked_mw}), seen(A))
+    assert decision.stances == {A: stance}
+    assert (decision.target_mw is None) == (stance == "invalid")
+
+
+def test_a_mistake_of_units_is_like_an_annotation_that_says_nothing() -> None:
+    desired = living({A: 70_000_000})
+    decision = decide(desired, seen(A, limit_mw=300_000), owned(300_000, A))
+    assert outcome(decision) == ("managed", 300_000, None)
+    desired = living({A: 70_000_000, B: 350_000})
+    decision = decide(desired, seen(A, B))
+    assert outcome(decision) == ("managed", 350_000, "acquire")
+    assert decision.stances == {A: "invalid", B: "enforced"}
 
 
 def test_row_another_annotated_pod_took_the_gpu_gets_its_own_value() -> None:

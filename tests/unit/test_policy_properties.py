@@ -32,7 +32,7 @@ PODS = ("a", "b", "c")
 ALIASES = ("hash-a", "hash-b")
 LINKS: tuple[Link, ...] = ("living", "living", "living", "silent", "expired", "stopping")
 ENDED = ("expired", "stopping")
-MW = (1, 150_000, 200_000, 250_400, 300_000, 300_500, 450_000, 700_000, 900_000)
+MW = (1, 150_000, 200_000, 250_400, 300_000, 300_500, 450_000, 700_000, 900_000, 7_000_000)
 OWNERS: tuple[str | Stranger, ...] = (
     *PODS,
     *PODS,
@@ -75,6 +75,17 @@ class Case:
         mine = self.owned.pods if self.owned else frozenset()
         return (self.uids() & mine) - self.desired.pods.keys() - self.desired.others
 
+    def asked(self, uid: str) -> int | None:
+        """What a pod asks for; ten times what the board takes is a mistake of units."""
+        asked_mw = self.desired.pods[uid]
+        most_mw = hardware(self.gpu)[1] * 10
+        return asked_mw if asked_mw is None or asked_mw < most_mw else None
+
+    def never_told(self) -> set[str]:
+        """Pods that the API should have told of, and has not."""
+        known = self.desired.pods.keys() | self.desired.others
+        return self.uids() - known - self.ghosts() if self.desired.whole else set()
+
     def is_uncertain(self) -> bool:
         occupants = self.gpu.occupants
         return occupants is None or Stranger.UNKNOWN in occupants
@@ -105,14 +116,15 @@ class Maker:
         ids = {}
         if asking:
             ids = {alias: self.one(*asking) for alias in self.some((*ALIASES, *PODS), 2)}
-        return Desired(self.one(*LINKS), asking, ids, others)
+        return Desired(self.one(*LINKS), asking, ids, others, self.one(True, False))
 
     def gpu(self, uuid: str = "GPU-0") -> SeenGpu:
         default_mw, min_mw, max_mw = self.one(*BOARDS)
         occupants = frozenset(self.some(OWNERS, 3))
         limit_mw = self.one(None, default_mw, self.limit(min_mw, max_mw))
         seen = None if self._choose(8) == 0 else occupants
-        return SeenGpu(uuid, seen, limit_mw, default_mw, min_mw, max_mw)
+        newcomers = self.one(True, False)
+        return SeenGpu(uuid, seen, limit_mw, default_mw, min_mw, max_mw, newcomers)
 
     def limit(self, min_mw: int, max_mw: int) -> int:
         return self.one(min_mw, max_mw, *(mw for mw in MW if min_mw <= mw <= max_mw))
@@ -174,7 +186,7 @@ def i1_only_where_asked(case: Case) -> None:
             assert decision.pods == case.asking()
     elif decision.action == "adjust" and not case.asking():
         # Its pod's processes have left, the pod still asks, and nobody else has taken the GPU.
-        assert case.gpu.occupants == frozenset()
+        assert not case.gpu.occupants or not case.gpu.newcomers
         assert case.owned.pods & case.desired.pods.keys()
 
 
@@ -203,13 +215,15 @@ def i4_up_only_on_evidence(case: Case) -> None:
     annotated = case.owned.pods & case.desired.pods.keys()
     if decision.action == "release":
         # Taken by others, or no pod that the limit was set for asks for one any more.
-        assert all(case.desired.pods[uid] is None for uid in asking)
+        assert all(case.asked(uid) is None for uid in asking)
         assert not asking & case.owned.pods
-        assert case.gpu.occupants or not annotated
+        assert (case.gpu.occupants and case.gpu.newcomers) or not annotated
+        assert not case.never_told()
     else:
         # Somebody there asks for that much, or the safe default speaks for those who cannot.
-        there = asking or annotated
-        usable = [mw for uid in there if (mw := case.desired.pods[uid]) is not None]
+        taken = case.gpu.occupants and case.gpu.newcomers
+        there = asking if taken else asking | annotated
+        usable = [mw for uid in there if (mw := case.asked(uid)) is not None]
         clamped_up = max(hardware(case.gpu)[0], case.rules.min_mw or 0) == decision.target_mw
         by_default = case.rules.safe_default and not there & case.owned.pods
         assert usable or by_default or clamped_up

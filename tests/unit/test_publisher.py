@@ -18,6 +18,7 @@ from watcher.annotations import read
 from watcher.metadata import Pod
 from watcher.metrics import Counts
 from watcher.publisher import HEARTBEAT_S, SILENT_S, Mailbox, Publisher
+from watcher.reflector import Scope
 
 NODE = "node-a"
 PONG = m.Pong(version="1", uptime_s=1.0)
@@ -81,7 +82,7 @@ class Subject:
         self.link, self.box, self.log, self.counts = Link(), Mailbox(), Lines(), Counts()
         self.reports: list[tuple[m.Report, list[m.DesiredPod]]] = []
         self.publisher = Publisher(
-            self.link, self.box, NODE, self.counts, self.log, self._on_report
+            self.link, self.box, Scope(NODE, None), self.counts, self.log, self._on_report
         )
         self.now = time.monotonic()
 
