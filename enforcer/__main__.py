@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from enforcer import privileges, procfs, report
+from enforcer import privileges, procfs, report, sight
 from enforcer.agent import Agent, World
 from enforcer.bus import Bus
 from enforcer.clock import SystemClock
@@ -41,7 +41,7 @@ def main() -> int:
         if not (_lock(ledger, config, log, stop) and _load(ledger, log, stop)):
             return 0
         server = _listen(config, stop)
-    except (LedgerError, TransportError, procfs.BlindError, privileges.DropError) as error:
+    except (LedgerError, TransportError, sight.BlindError, privileges.DropError) as error:
         settings.exit_usage(_NAME, str(error))
     nvml = Nvml()
     source = Processes(nvml, procfs.ProcessReader(config.proc_root, roots))
@@ -62,14 +62,14 @@ def main() -> int:
 def _look_around(config: EnforcerSettings, log: Log) -> tuple[str, ...]:
     """See that this is the host's view; return the cgroups that may hold pods."""
     _refuse_token(config, log)
-    return procfs.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
+    return sight.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
 
 
 def _listen(config: EnforcerSettings, stop: StopSignal) -> Server:
     """Give up power, then listen to those who may ask."""
     prepare_directory(config.run_dir)
     privileges.drop()  # before libzmq starts threads: each has its own capabilities
-    procfs.check_sight(config.proc_root)
+    sight.check_sight(config.proc_root)
     server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
     server.watch(stop.fileno())
     return server

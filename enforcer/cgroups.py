@@ -7,6 +7,7 @@ process may make cgroups below its own and name them like another pod's, never a
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from enforcer.policy import Stranger
 
@@ -18,17 +19,51 @@ def _uid(separator: str) -> str:
 
 
 _QOS = r"(?:burstable|besteffort)"
-# systemd spells the way in each slice's name: kubelet-kubepods-burstable-pod2c1f7a54_0b6e....slice
-_NESTED = r"(?:[a-z]+-)?"
-_SLICE = rf"{_NESTED}kubepods(?:-{_QOS})?-pod{_uid('_')}\.slice"
-_SPELLINGS = (
-    rf"kubepods/(?:{_QOS}/)?pod{_uid('-')}",
-    rf"{_NESTED}kubepods\.slice/(?:{_NESTED}kubepods-{_QOS}\.slice/)?{_SLICE}",
-    # containerd on cgroupfs under a systemd kubelet takes slice:prefix:name for one file name:
-    # kubepods-burstable-pod2c1f7a54_0b6e....slice:cri-containerd:3fa93fa9...
-    rf"{_SLICE}:[a-z-]+:[0-9a-f]+",
+# What systemd allows in a unit's name (systemd.unit(5)), up to the dash before the last part.
+_ANY_WAY = r"(?:[A-Za-z0-9:_.\\-]+-)?"
+
+
+def _spellings(way: str) -> str:
+    """Return the pattern of a pod's cgroup below its root.
+
+    systemd spells in each slice's name the `way` to it: k8s-kubepods-pod2c1f7a54_0b6e….slice lies
+    in k8s-kubepods.slice, and that in k8s.slice. The kubelet does the same
+    (cgroup_manager_linux.go, ToSystemd).
+    """
+    pod_slice = rf"{way}kubepods(?:-{_QOS})?-pod{_uid('_')}\.slice"
+    return "|".join(
+        (
+            rf"kubepods/(?:{_QOS}/)?pod{_uid('-')}",
+            rf"{way}kubepods\.slice/(?:{way}kubepods-{_QOS}\.slice/)?{pod_slice}",
+            # A runtime on cgroupfs under a systemd kubelet takes slice:prefix:name for one name:
+            # kubepods-burstable-pod2c1f7a54_0b6e….slice:cri-containerd:3fa93fa9… It lies in the
+            # runtime's own cgroup, so the way is not that of its root.
+            rf"{_ANY_WAY}kubepods(?:-{_QOS})?-pod{_uid('_')}\.slice:[a-z-]+:[0-9a-f]+",
+        )
+    )
+
+
+@lru_cache(maxsize=64)
+def _below(root: str) -> re.Pattern[str]:
+    name = root.rpartition("/")[2]
+    way = re.escape(name.removesuffix(".slice") + "-") if name.endswith(".slice") else ""
+    return re.compile(rf"(?<!/)/(?:{_spellings(way)})(?:/|$)")
+
+
+_ANYWHERE = re.compile(rf"(?<!/)/(?:{_spellings(_ANY_WAY)})(?:/|$)")
+# A name in the runtime's own cgroup, and the way in it.
+_IN_THE_RUNTIMES = re.compile(r"/((?:[A-Za-z0-9:_.\\-]+-)?)kubepods[^/]*\.slice:[^/]+(?:/|$)")
+# Runtimes as systemd services: their own cgroups, below the host's root.
+_RUNTIMES = (
+    "containerd.service",
+    "k3s.service",
+    "k3s-agent.service",
+    "rke2-server.service",
+    "rke2-agent.service",
+    "k0scontroller.service",
+    "k0sworker.service",
+    "snap.microk8s.daemon-containerd.service",
 )
-_POD = re.compile(rf"(?<!/)/(?:{'|'.join(_SPELLINGS)})(?:/|$)")
 # The kernel adds ` (deleted)` for a cgroup that was removed (cgroup.c).
 _LINE = re.compile(r"[0-9]+:[^:]*:(/.*?)(?: \(deleted\))?")
 
@@ -46,7 +81,7 @@ def _paths(text: bytes) -> list[str]:
 
 def _pod_below(path: str, root: str) -> str | None:
     prefix = root.rstrip("/")
-    if path.startswith(prefix) and (match := _POD.match(path, len(prefix))):
+    if path.startswith(prefix) and (match := _below(prefix).match(path, len(prefix))):
         uid: str = next(filter(None, match.groups()))  # each spelling has one
         return uid.replace("_", "-")
     return None
@@ -66,7 +101,56 @@ def pod_of(text: bytes, roots: Sequence[str]) -> str | Stranger:
 
 def root_above(text: bytes) -> str | None:
     """Return the parent of `kubepods` in a pod's own cgroup text, None if it shows no pod."""
+    found = _outermost(text)
+    return None if found is None else found[1]
+
+
+def _outermost(text: bytes) -> tuple[str, str] | None:
+    """Return the first path that names a pod, and the root that its outermost pod lies below."""
     for path in _paths(text):
-        if match := _POD.search(path):
-            return path[: match.start()] or "/"
+        for match in _ANYWHERE.finditer(path):
+            root = path[: match.start()] or "/"
+            if _pod_below(path, root):
+                return path, root
     return None
+
+
+def roots_beside(own: bytes, first: bytes) -> tuple[str, ...]:
+    """Return the root that the own cgroup shows, and where the other driver would put pods.
+
+    One node may have two: a runtime handler on cgroupfs beside one on systemd. `own` is the text of
+    a process in a pod, `first` that of pid 1, whose parent is the host's root. Only the usual
+    places count, since nobody but the host's root can make cgroups there.
+    """
+    found = _outermost(own)
+    if found is None:
+        return ()
+    path, root = found
+    host = _host_root(first)
+    roots = [root]
+    if match := _IN_THE_RUNTIMES.match(path, len(root.rstrip("/"))):
+        roots.append((host + _slices(match[1])) or "/")
+    roots += [f"{host}/system.slice/{service}" for service in _RUNTIMES]
+    return tuple(dict.fromkeys(roots))
+
+
+def _host_root(first: bytes) -> str:
+    """Return where the host's cgroups begin, without a slash at the end: pid 1 is in init.scope."""
+    for path in _paths(first):
+        if path.endswith("/init.scope"):
+            return path.removesuffix("/init.scope")
+    return ""
+
+
+def _slices(way: str) -> str:
+    """Return the path of the slices that `way` names: k8s-pods- is /k8s.slice/k8s-pods.slice."""
+    parts = way.removesuffix("-").split("-") if way else []
+    return "".join(f"/{'-'.join(parts[:end])}.slice" for end in range(1, len(parts) + 1))
+
+
+def usual_roots() -> tuple[str, ...]:
+    """Return the places to look at where no own pod shows one."""
+    return (
+        *("/", "/kubelet", "/kubelet.slice"),
+        *(f"/system.slice/{service}" for service in _RUNTIMES),
+    )

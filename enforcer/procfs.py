@@ -1,10 +1,9 @@
-"""The host's /proc: the only file that reads it, and the checks that it is the host's indeed.
+"""Whose process a pid is, from the host's /proc.
 
 It knows no NVML, and of pods only what a cgroup says.
 """
 
 import contextlib
-import ctypes
 import os
 import time
 from collections.abc import Sequence
@@ -14,15 +13,9 @@ from enforcer import cgroups
 from enforcer.policy import Stranger
 
 _ENDED = (FileNotFoundError, ProcessLookupError)  # ENOENT on opening, ESRCH on reading
-_CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 _PF_EXITING = 0x4  # linux/sched.h
 _THREADS = 64  # of a process whose first one exits
-_USUAL_ROOTS: tuple[str, ...] = ("/", "/kubelet", "/kubelet.slice")
 _SHOWN_BYTES = 300
-
-
-class BlindError(Exception):
-    """The enforcer cannot see the host's processes or cgroups; the text names the remedy."""
 
 
 def _read(path: str) -> bytes:
@@ -103,37 +96,3 @@ def boot_id(proc_root: Path) -> str:
     """Return the id of this boot: with another one, hardware has forgotten its limits."""
     own = proc_root / "sys/kernel/random/boot_id"
     return _read(str(own if own.exists() else Path("/proc/sys/kernel/random/boot_id"))).decode()
-
-
-def check_sight(proc_root: Path) -> None:
-    """Raise BlindError where processes of others are hidden: all would look as if they had ended.
-
-    Call this after privileges are dropped: what hidepid (proc(5)) hides depends on them.
-    """
-    try:
-        if "self" in os.listdir(proc_root):  # noqa: PTH208 - else no kernel's, and not complete
-            _read(f"{proc_root}/1/cgroup")
-    except OSError as error:
-        why = f"POWER_AGENT_PROC_ROOT='{proc_root}': {error.strerror} on looking for process 1"
-        raise BlindError(f"{why}; name the host's proc, mounted without hidepid") from error
-
-
-def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[str, ...]:
-    """Return the cgroups that may hold `kubepods`; raises BlindError where we would be blind.
-
-    Paths in a private cgroup namespace are relative and can be mimicked. So in Kubernetes pid 1's
-    is joined, and the own path must show the own pod then.
-    """
-    roots = _USUAL_ROOTS
-    if in_kubernetes and proc_root == Path("/proc"):
-        # Opening takes CAP_SYS_PTRACE, entering CAP_SYS_ADMIN; the next line sees if it helped.
-        with contextlib.suppress(OSError), Path("/proc/1/ns/cgroup").open("rb") as file:
-            ctypes.CDLL(None).setns(file.fileno(), _CLONE_NEWCGROUP)  # os.setns: Python 3.12
-        own = cgroups.root_above(_read("/proc/self/cgroup"))
-        # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
-        if own is None or cgroups.root_above(_read("/proc/1/cgroup")) is not None:
-            why = "the own cgroup shows no pod or pid 1 is in one, so this is not the host's view"
-            remedy = "run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
-            raise BlindError(f"{why}: set hostPID: true, and {remedy}")
-        roots = (own,)
-    return roots if setting == "auto" else (setting,)

@@ -40,10 +40,14 @@ class SafeDefault:
         return None if default_mw is None else default_mw * self.percent // 100
 
 
-def _cgroup_root(value: str) -> str:
-    if value != "auto" and not text_value(value).startswith("/"):
-        raise ValueError("neither `auto` nor a cgroup path such as / or /kubelet.slice")
-    return value if value == "auto" else value.rstrip("/") or "/"
+def _cgroup_roots(value: str) -> str:
+    if value == "auto":
+        return value
+    parts = [text_value(part.strip()) for part in value.split(",")]
+    for part in parts:
+        if not part.startswith("/") or ".." in part.split("/"):
+            raise ValueError("neither `auto` nor cgroup paths such as / or /kubelet.slice")
+    return ",".join(part.rstrip("/") or "/" for part in parts)
 
 
 def _uid(value: str) -> int:
@@ -103,8 +107,8 @@ class EnforcerSettings(CommonSettings):
     cgroup_root: str = setting(
         "POWER_AGENT_CGROUP_ROOT",
         "auto",
-        "parent of the kubelet's kubepods cgroup; auto learns it from the own pod",
-        _cgroup_root,
+        "parents of the kubelet's kubepods cgroup, comma separated; auto learns them",
+        _cgroup_roots,
     )
     watcher_uid: int = setting(
         "POWER_AGENT_WATCHER_UID", "65532", "the only uid whose snapshots count", _uid

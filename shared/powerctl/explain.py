@@ -18,6 +18,8 @@ from shared.powerctl.tables import (
 
 _LABEL = 12
 _WIDTH = 100
+# Processes of others that are shown for a pod that waits.
+_CANDIDATES = 8
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,8 +103,33 @@ def _pod(pod: messages.Pod, reply: messages.StatusReply) -> list[str]:
         *_state(pod.state, pod.reason, pod_names(reply)),
         *_field("annotation", f'"{escape(pod.raw)}", {meaning}'),
         *_field("runs on", gpus or "no GPU: none of its processes was found on one"),
+        *_candidates(pod, reply),
         *_field("holds", "nothing" if pod.effective_mw is None else watts(pod.effective_mw)),
     ]
+
+
+def _candidates(pod: messages.Pod, reply: messages.StatusReply) -> list[str]:
+    """Return the processes of others of which one may be the pod's, in another pod's cgroup.
+
+    A restored worker (CRIU) and Docker in a pod are such. It is not guessed which.
+    """
+    if pod.gpus:
+        return []
+    annotated = {known.uid for known in reply.pods}
+    names = pod_names(reply)
+    found = [
+        f"GPU {gpu_label(gpu)}: {_process(process, names)}"
+        for gpu in reply.gpus
+        for process in gpu.processes
+        if process.pid and process.owner not in annotated
+    ]
+    if not found:
+        return []
+    lines = _field("candidates", "of others on this node's GPUs, in case one is the pod's:")
+    for text in found[:_CANDIDATES]:
+        lines += _field("", escape(text))
+    left = len(found) - _CANDIDATES
+    return lines + (_field("", f"and {left} more") if left > 0 else [])
 
 
 def _gpu(gpu: messages.Gpu, reply: messages.StatusReply) -> list[str]:

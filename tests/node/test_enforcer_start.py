@@ -77,7 +77,7 @@ def test_in_kubernetes_with_another_proc_root_the_checks_do_not_apply() -> None:
     with EnforcerNode() as node:
         node.settings["KUBERNETES_SERVICE_HOST"] = "10.0.0.1"
         node.start()
-        assert node.status().enforcer.cgroup_roots == ["/", "/kubelet", "/kubelet.slice"]
+        assert node.status().enforcer.cgroup_roots[:3] == ["/", "/kubelet", "/kubelet.slice"]
 
 
 def test_i5_a_proc_that_is_not_there_is_refused() -> None:

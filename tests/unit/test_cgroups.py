@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enforcer.cgroups import pod_of, root_above
+from enforcer.cgroups import pod_of, root_above, roots_beside, usual_roots
 from enforcer.policy import Stranger
 
 
@@ -187,6 +187,99 @@ def test_root_above_takes_the_outermost_pod() -> None:
 @pytest.mark.parametrize("text", [b"0::/\n", b"0::/system.slice/sshd.service\n", b"0::/../../x\n"])
 def test_root_above_is_none_outside_any_pod(text: bytes) -> None:
     assert root_above(text) is None
+
+
+# ---- roots that systemd spells, and two of them on one node ----
+
+LOW = OWN.replace("-", "_")
+NESTED = {
+    "digits": ("/k8s.slice", "k8s-"),
+    "levels-and-escapes": ("/root.slice/root-cgroup_here.slice", "root-cgroup_here-"),
+    "hex-escape": ("/my\\x2dslice.slice", "my\\x2dslice-"),
+    "dots-and-colons": ("/a.b:c.slice", "a.b:c-"),
+    "capitals": ("/Kube.slice", "Kube-"),
+    "in-a-container": (f"/docker/{CONTAINER}/kubelet.slice", "kubelet-"),
+}
+
+
+@pytest.mark.parametrize("qos", ["", "burstable", "besteffort"])
+@pytest.mark.parametrize(("root", "nested"), NESTED.values(), ids=NESTED.keys())
+def test_any_parent_that_systemd_can_spell(root: str, nested: str, qos: str) -> None:
+    below = f"{systemd_slice(OWN, qos, nested)}/cri-containerd-{CONTAINER}.scope"
+    text = f"0::{root}/{below}\n".encode()
+    assert root_above(text) == root
+    assert pod_of(text, (root,)) == OWN
+
+
+@pytest.mark.parametrize("nested", ["", "other-", "k8s-other-", "k8s"])
+def test_a_slice_that_does_not_spell_its_own_root_is_no_kubelets(nested: str) -> None:
+    """systemd makes a-b.slice in a.slice only, so this is somebody's look-alike."""
+    text = f"0::/k8s.slice/{systemd_slice(OWN, nested=nested)}/box\n".encode()
+    assert pod_of(text, ("/k8s.slice",)) is Stranger.OTHER
+    assert root_above(text) is None
+
+
+SERVICE = "/system.slice/containerd.service"
+COLON = f"kubepods-burstable-pod{LOW}.slice:cri-containerd:{CONTAINER}"
+SCOPE = f"{systemd_slice(OWN)}/cri-containerd-{CONTAINER}.scope"
+
+
+@pytest.mark.parametrize(
+    ("own", "first", "worker"),
+    [
+        (f"{SERVICE}/{COLON}", "/init.scope", f"/{SCOPE}"),
+        (f"/{SCOPE}", "/init.scope", f"{SERVICE}/{COLON}"),
+        (f"/{SCOPE}", "/", f"/system.slice/rke2-agent.service/{COLON}"),
+        (
+            f"{SERVICE}/k8s-{COLON}",
+            "/init.scope",
+            f"/k8s.slice/{systemd_slice(OWN, nested='k8s-')}/x.scope",
+        ),
+        (
+            f"/docker/abc/kubelet.slice/{systemd_slice(OWN, nested='kubelet-')}/x.scope",
+            "/docker/abc/init.scope",
+            f"/docker/abc{SERVICE}/kubelet-{COLON}",
+        ),
+    ],
+    ids=["own-on-cgroupfs", "own-on-systemd", "rke2", "a-root-of-its-own", "in-a-container"],
+)
+def test_both_drivers_of_one_node_are_known_from_the_own_path(
+    own: str, first: str, worker: str
+) -> None:
+    roots = roots_beside(f"0::{own}\n".encode(), f"0::{first}\n".encode())
+    assert roots[0] == root_above(f"0::{own}\n".encode())
+    for path in (own, worker):
+        assert pod_of(f"0::{path}\n".encode(), roots) == OWN
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/user.slice/user-1000.slice/{COLON}",
+        f"/machine.slice/{COLON}",
+        f"/system.slice/nginx.service/{COLON}",
+        f"/system.slice/docker-{CONTAINER}.scope{SERVICE}/{COLON}",
+        f"/docker/{CONTAINER}/kubelet.slice/{systemd_slice(OWN, nested='kubelet-')}",
+        f"/docker/{CONTAINER}/{SCOPE}",
+    ],
+)
+def test_what_lies_elsewhere_stays_nobodys_with_both_drivers(path: str) -> None:
+    text = f"0::{path}\n".encode()
+    for own in (f"{SERVICE}/{COLON}", f"/{SCOPE}"):
+        roots = roots_beside(f"0::{own}\n".encode(), b"0::/init.scope\n")
+        assert pod_of(text, roots) is Stranger.OTHER
+    assert pod_of(text, usual_roots()) is Stranger.OTHER
+
+
+def test_a_pod_inside_a_pod_counts_for_the_outer_one() -> None:
+    roots = roots_beside(f"0::/{SCOPE}\n".encode(), b"0::/init.scope\n")
+    inner = f"kubelet.slice/{systemd_slice(VICTIM, nested='kubelet-')}"
+    assert pod_of(f"0::/{SCOPE}/{inner}\n".encode(), roots) == OWN
+    assert pod_of(f"0::/{SCOPE}{SERVICE}/{COLON}\n".encode(), roots) == OWN
+
+
+def test_without_a_pod_in_the_own_path_there_is_no_root() -> None:
+    assert roots_beside(b"0::/system.slice/x.service\n", b"0::/init.scope\n") == ()
 
 
 # ---- properties ----

@@ -777,6 +777,29 @@ def test_explain_says_what_is_special(changed: dict[str, object], words: list[st
         assert expected in text
 
 
+def test_explain_of_a_pod_that_waits_names_the_processes_of_others_as_candidates() -> None:
+    """A restored worker is in the cgroup of the agent that restored it: nobody can tell."""
+    others = [
+        Process(pid=7000 + number, owner=UID_C[::-1], evidence=f"0::/kubepods/pod{number}")
+        for number in range(10)
+    ]
+    others += [Process(pid=900, owner="other", evidence="0::/docker/3fa9")]
+    mine = Process(pid=1, owner=UID_B, evidence=LINE_B)
+    waiting = pod(UID_A, "llm-0", state="waiting", gpus=[])
+    changed = reply(
+        pods=[waiting, pod(UID_B, "embed")], gpus=[gpu(0, processes=[*others[-1:], mine, *others])]
+    )
+    explanation = explain(changed, UID_A)
+    assert explanation is not None
+    text = " ".join(" ".join(explanation.text).split())
+    assert "candidates of others on this node's GPUs" in text
+    assert "pid 900 of no known pod, by 0::/docker/3fa9" in text
+    assert f"pid 7000 of pod {UID_C[::-1]}, not annotated" in text
+    assert "and 4 more" in text
+    assert "pid 1 of" not in text  # an annotated pod's own is no candidate
+    assert "candidates" not in " ".join(getattr(explain(changed, UID_B), "text", []))
+
+
 # --------------------------------------------------------------------------------- top, events
 
 

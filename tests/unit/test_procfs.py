@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from enforcer import procfs
+from enforcer import procfs, sight
 from enforcer.policy import Stranger
 from enforcer.procfs import ProcessReader
 
@@ -251,24 +253,24 @@ def test_boot_id_of_a_made_up_root_without_one_is_the_kernels(tmp_path: Path) ->
 
 
 def test_outside_kubernetes_nothing_is_checked() -> None:
-    assert procfs.cgroup_roots("auto", PROC, in_kubernetes=False) == USUAL_ROOTS
-    assert procfs.cgroup_roots("/x.slice", PROC, in_kubernetes=False) == ("/x.slice",)
+    assert sight.cgroup_roots("auto", PROC, in_kubernetes=False)[:3] == USUAL_ROOTS
+    assert sight.cgroup_roots("/x.slice", PROC, in_kubernetes=False) == ("/x.slice",)
 
 
 def test_with_another_proc_root_nothing_is_checked(tmp_path: Path) -> None:
-    assert procfs.cgroup_roots("auto", tmp_path, in_kubernetes=True) == USUAL_ROOTS
-    assert procfs.cgroup_roots("/x", tmp_path, in_kubernetes=True) == ("/x",)
+    assert sight.cgroup_roots("auto", tmp_path, in_kubernetes=True)[:3] == USUAL_ROOTS
+    assert sight.cgroup_roots("/x", tmp_path, in_kubernetes=True) == ("/x",)
 
 
 ASK = """
 import sys
 from pathlib import Path
-from enforcer import procfs
+from enforcer import procfs, sight
 try:
-    print("roots", *procfs.cgroup_roots(sys.argv[1], Path("/proc"), in_kubernetes=True))
+    print("roots", *sight.cgroup_roots(sys.argv[1], Path("/proc"), in_kubernetes=True))
     owner, _ = procfs.ProcessReader(Path("/proc"), ()).owner(1, procfs.now_ticks())
     print("pid 1", owner)
-except procfs.BlindError as error:
+except sight.BlindError as error:
     print("blind", error)
 """
 
@@ -305,27 +307,31 @@ def cgroup2() -> Path | None:
     return None
 
 
-@pytest.fixture
-def pod_cgroup() -> Iterator[tuple[Path, str]]:
-    """A pod's cgroup below one of our own, never in the host's kubepods; with its root's path."""
+@contextlib.contextmanager
+def cgroup_of_our_own(*below: str) -> Iterator[Path]:
+    """A cgroup below one of our own, never in the host's kubepods."""
     tree = cgroup2()
     if os.geteuid() != 0 or tree is None or not os.access(tree, os.W_OK):
         pytest.skip("making cgroups needs root and a writable cgroup2 tree")
+    if "0::/" not in (PROC / "self/cgroup").read_text().splitlines():
+        pytest.skip("this process sees a cgroup tree that does not begin at the host's")
     top = tree / f"power-agent-test-{os.getpid()}"
-    folder = top / "kubepods" / "burstable" / f"pod{UID}" / "box"
+    folder = top.joinpath(*below)
     folder.mkdir(parents=True)
-    line = next(
-        text for text in (PROC / "self/cgroup").read_text().splitlines() if text.startswith("0::")
-    )
     try:
-        if line != "0::/":
-            pytest.skip("this process sees a cgroup tree that does not begin at the host's")
-        yield folder, f"/{top.name}"
+        yield folder
     finally:
-        for path in (folder, *folder.parents[:4]):
+        for path in (folder, *folder.parents):
             path.rmdir()
             if path == top:
                 break
+
+
+@pytest.fixture
+def pod_cgroup() -> Iterator[tuple[Path, str]]:
+    """A pod's cgroup; with its root's path."""
+    with cgroup_of_our_own("kubepods", "burstable", f"pod{UID}", "box") as folder:
+        yield folder, f"/{folder.parents[3].name}"
 
 
 def need(*command: str) -> None:
@@ -336,7 +342,7 @@ def need(*command: str) -> None:
 @pytest.mark.root
 def test_in_its_pod_it_learns_the_root_from_its_own_path(pod_cgroup: tuple[Path, str]) -> None:
     folder, root = pod_cgroup
-    assert ask(cgroup=folder).splitlines()[0] == f"roots {root}"
+    assert ask(cgroup=folder).startswith(f"roots {root} /system.slice/containerd.service ")
 
 
 @pytest.mark.root
@@ -345,10 +351,41 @@ def test_in_its_pod_an_explicit_root_stands(pod_cgroup: tuple[Path, str]) -> Non
 
 
 @pytest.mark.root
+def test_a_named_root_lets_it_start_where_the_own_path_names_no_pod() -> None:
+    with cgroup_of_our_own() as folder:
+        assert ask(cgroup=folder, setting="/a,/b.slice").splitlines()[0] == "roots /a /b.slice"
+        said = ask(cgroup=folder)
+        assert said.startswith("blind")
+        assert "--cgroups-per-qos=false" in said
+        assert folder.name in said
+
+
+@pytest.mark.parametrize(
+    ("label", "names"),
+    [
+        ("cri-containerd.apparmor.d (enforce)", "appArmorProfile {type: Unconfined}"),
+        ("system_u:system_r:container_t:s0:c1,c2", "seLinuxOptions {type: spc_t, level: s0}"),
+        ("", "appArmorProfile {type: Unconfined}"),
+    ],
+)
+def test_a_refusal_in_spite_of_both_capabilities_names_what_refused(
+    monkeypatch: pytest.MonkeyPatch, label: str, names: str
+) -> None:
+    """The kernel's modules cannot be had here: what they answer is made up, and only that."""
+    monkeypatch.setattr(sight, "_may_join", lambda: True)
+    monkeypatch.setattr(sight, "_label", lambda: label)
+    text = sight._why_blind(PermissionError(errno.EACCES, "Permission denied"))
+    assert names in text
+    assert "grant CAP_SYS_ADMIN" not in text
+
+
+@pytest.mark.root
 def test_in_a_private_cgroup_namespace_it_joins_the_hosts(pod_cgroup: tuple[Path, str]) -> None:
     need(*NODE, "unshare", "-C")
     folder, root = pod_cgroup
-    assert ask("unshare", "-C", node=NODE, cgroup=folder).splitlines()[0] == f"roots {root}"
+    assert ask("unshare", "-C", node=NODE, cgroup=folder).startswith(
+        f"roots {root} /system.slice/containerd.service "
+    )
 
 
 @pytest.mark.root

@@ -1,0 +1,127 @@
+"""The checks at start that this is the host's view: its processes and its cgroups.
+
+It knows no GPU. A view that is not the host's is refused: processes of others would be missing in
+silence, and every GPU would look idle (I5).
+"""
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from enforcer import cgroups
+
+_CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
+# Opening pid 1's namespace takes the first (ptrace(2), PTRACE_MODE_READ), entering it the second.
+_SYS_PTRACE, _SYS_ADMIN = 19, 21  # linux/capability.h
+_SHOWN_CHARS = 200
+
+
+class BlindError(Exception):
+    """The enforcer cannot see the host's processes or cgroups; the text names the remedy."""
+
+
+def check_sight(proc_root: Path) -> None:
+    """Raise BlindError where processes of others are hidden: all would look as if they had ended.
+
+    Call this after privileges are dropped: what hidepid (proc(5)) hides depends on them.
+    """
+    try:
+        if "self" in os.listdir(proc_root):  # noqa: PTH208 - else no kernel's, and not complete
+            (proc_root / "1/cgroup").read_bytes()
+    except OSError as error:
+        why = f"POWER_AGENT_PROC_ROOT='{proc_root}': {error.strerror} on looking for process 1"
+        raise BlindError(f"{why}; name the host's proc, mounted without hidepid") from error
+
+
+def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[str, ...]:
+    """Return the cgroups that may hold `kubepods`; raises BlindError where we would be blind.
+
+    `setting` is `auto` or paths, comma separated. Paths in a private cgroup namespace are relative
+    and can be mimicked. So in Kubernetes pid 1's is joined, and the own path must show
+    a place then.
+    """
+    named = () if setting == "auto" else tuple(setting.split(","))
+    if not in_kubernetes or proc_root != Path("/proc"):
+        return named or cgroups.usual_roots()
+    hindrance = _join_the_hosts_cgroups()
+    own, first = Path("/proc/self/cgroup").read_bytes(), _first(hindrance)
+    # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
+    if cgroups.root_above(first) is not None:
+        raise BlindError("pid 1 is in a pod, so this is not the host's view: set hostPID: true")
+    beside = cgroups.roots_beside(own, first)
+    if not beside and _shows_nothing(own):
+        raise BlindError(_why_blind(hindrance))
+    if not (named or beside):
+        raise BlindError(_why_no_pod(own))
+    return named or beside
+
+
+def _first(hindrance: OSError | None) -> bytes:
+    try:
+        return Path("/proc/1/cgroup").read_bytes()
+    except OSError as error:
+        raise BlindError(_why_blind(hindrance or error)) from error
+
+
+def _join_the_hosts_cgroups() -> OSError | None:
+    """Enter the cgroup namespace of pid 1; return what hindered it.
+
+    The own path may outweigh that. Python has os.setns from 3.12 on.
+    """
+    try:
+        with open("/proc/1/ns/cgroup", "rb") as file:  # noqa: PTH123 - as short
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(file.fileno(), _CLONE_NEWCGROUP) == 0:
+                return None
+            return OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as error:
+        return error
+
+
+def _shows_nothing(own: bytes) -> bool:
+    """Tell whether the own path is the root of what is seen, or relative to it."""
+    paths = {line.partition(b":")[2].partition(b":")[2] for line in own.splitlines()}
+    return all(path == b"/" or path.startswith(b"/..") for path in paths)
+
+
+def _why_blind(hindrance: OSError | None) -> str:
+    why = "the own cgroup shows no pod, so this is not the host's view"
+    if hindrance is not None and hindrance.errno == errno.EACCES and _may_join():
+        label = _label()
+        said = (
+            f"{why}: opening /proc/1/ns/cgroup was refused though CAP_SYS_PTRACE and CAP_SYS_ADMIN"
+        )
+        if ":" in label:
+            remedy = "set seLinuxOptions {type: spc_t, level: s0} for the enforcer"
+            return f"{said} are held, by SELinux ({label}): {remedy}"
+        remedy = "set appArmorProfile {type: Unconfined} for the enforcer"
+        return f"{said} are held, by AppArmor or SELinux ({label or 'no label'}): {remedy}"
+    remedy = "run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+    return f"{why}: set hostPID: true, and {remedy}"
+
+
+def _why_no_pod(own: bytes) -> str:
+    lines = {line.decode("utf-8", "replace").split(":", 2)[-1] for line in own.splitlines()}
+    shown = ", ".join(sorted(lines - {"/"}))[:_SHOWN_CHARS]
+    why = f"the own cgroup names no pod below a kubepods ('{shown}')"
+    cause = "a kubelet with --cgroups-per-qos=false gives pods none, and they cannot be told apart"
+    remedy = "set that to true, or name the parents of kubepods in POWER_AGENT_CGROUP_ROOT"
+    return f"{why}: {cause}; {remedy}; and set hostPID: true"
+
+
+def _may_join() -> bool:
+    """Tell whether both capabilities are held that joining takes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            held = int(line.split()[1], 16)
+            return bool(held >> _SYS_PTRACE & 1 and held >> _SYS_ADMIN & 1)
+    return False
+
+
+def _label() -> str:
+    """Return the label that AppArmor or SELinux gave this process, nothing where there is none."""
+    try:
+        return Path("/proc/self/attr/current").read_text().strip("\0\n ")
+    except (OSError, UnicodeDecodeError):
+        return ""
