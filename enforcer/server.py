@@ -185,9 +185,7 @@ class _Endpoint:
 class Server:
     """The enforcer's end: a ROUTER for requests and a PUB for events, for proven uids only."""
 
-    def __init__(
-        self, run_dir: Path, uids: Iterable[int], connections: int = _CONNECTIONS
-    ) -> None:
+    def __init__(self, run_dir: Path, uids: Iterable[int], connections: int = _CONNECTIONS) -> None:
         """Listen in `run_dir` for `uids`, `connections` a socket at most; raises TransportError."""
         prepare_directory(run_dir)
         self._connections = connections
