@@ -27,6 +27,9 @@ What became of a write (`after`):
 
 A write that failed is tried again as what it was: a refused release is no drift, and a refused
 first set counts as the first. Its wait does not delay another target.
+
+A limit that the driver forgot is no drift but an adjustment: nobody else has changed it. That is so
+where persistence mode is off and a new session finds the board at its default.
 """
 
 from collections.abc import Mapping
@@ -42,6 +45,7 @@ from shared.units import same_limit
 # Frequent writes disturb collective operations on the GPU.
 WRITE_GAP_S = 0.1
 _AGAIN = Backoff(first_s=1.0, most_s=32.0)
+_FORGOTTEN = "the driver had forgotten it while NVML was closed, since persistence mode is off"
 # A GPU that is lost again and again is searched for ever more seldom.
 _LOST = Backoff(first_s=1.0, most_s=600.0)
 # More than ran at one time: then those that run now are remembered.
@@ -67,7 +71,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """It answers: its board, and what was last read and seen of it in this session."""
+    """It answers: its board, and what was last read and seen of it in this session.
+
+    `is_default`: in this session no reading showed another limit than the board's default.
+    """
 
     board: Board
     session: int
@@ -77,6 +84,7 @@ class Present:
     # Who was seen on it together with the pods that it is kept for: they have not taken it. This
     # is not in the ledger, so after a restart it is known again once the pods are seen.
     beside: frozenset[str | int] = frozenset()
+    is_default: bool = True
 
 
 UNSEEN = Unseen()
@@ -178,10 +186,13 @@ Outcome = Wrote | Refused | Noted | NotEntered
 def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list[Happening]]:
     """Return the GPU after it answered in that session."""
     facts = board.facts.or_else(gpu.facts)
-    since_s, beside = now_s, frozenset[str | int]()
+    where = Present(board, session, now_s)
     if isinstance(gpu.where, Present):
-        since_s, beside = gpu.where.since_s, gpu.where.beside
-    here = replace(gpu, facts=facts, where=Present(board, session, since_s, beside=beside))
+        is_default = gpu.where.is_default or gpu.where.session != session
+        where = replace(
+            where, since_s=gpu.where.since_s, beside=gpu.where.beside, is_default=is_default
+        )
+    here = replace(gpu, facts=facts, where=where)
     if not isinstance(gpu.where, Lost):
         return here, []
     return here, [_told(here, "gpu_back", None, f"it answers again, as GPU {board.index}")]
@@ -235,7 +246,14 @@ def was_read(gpu: Gpu, reading: Reading) -> Gpu:
     """Return the GPU with a new reading."""
     if not isinstance(gpu.where, Present) or gpu.where.reading == reading:
         return gpu
-    return replace(gpu, where=replace(gpu.where, reading=reading))
+    is_default = gpu.where.is_default and reading.limit_mw in (None, gpu.facts.default_mw)
+    return replace(gpu, where=replace(gpu.where, reading=reading, is_default=is_default))
+
+
+def _is_forgotten(gpu: Gpu) -> bool:
+    """Tell whether the driver has forgotten its limit, if it is not the one that it should be."""
+    known = gpu.limit_mw is not None and gpu.facts.persistence is False
+    return known and isinstance(gpu.where, Present) and gpu.where.is_default
 
 
 def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
@@ -312,6 +330,9 @@ def decided(gpu: Gpu, decision: Decision, *, dry_run: bool) -> Gpu:
     gpu = _with_neighbours(gpu, decision)
     if gpu.trouble and decision.action == "drift":
         decision = replace(decision, action=gpu.trouble.decision.action)
+    elif decision.action == "drift" and _is_forgotten(gpu):
+        reason = f"{decision.reason}; {_FORGOTTEN}"
+        decision = replace(decision, action="adjust", reason=reason)
     if dry_run and decision.action:
         reason = f"dry run, nothing is written; would be: {decision.reason}"
         decision = replace(decision, action=None, reason=reason)

@@ -148,4 +148,6 @@ def _facts(handle: object) -> tuple[Facts, list[NvmlError]]:
     min_mw, max_mw = bounds or (None, None)
     default_mw = ask(pynvml.nvmlDeviceGetPowerManagementDefaultLimit)
     name = ask(pynvml.nvmlDeviceGetName)
-    return Facts(name=name, default_mw=default_mw, min_mw=min_mw, max_mw=max_mw), errors
+    mode = _number(pynvml.nvmlDeviceGetPersistenceMode, handle)  # no error: no limit depends on it
+    persistence = None if mode is None else mode == pynvml.NVML_FEATURE_ENABLED
+    return Facts(name, default_mw, min_mw, max_mw, persistence), errors

@@ -19,6 +19,7 @@ def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> li
         cgroup_driver(reply),
         *owners(reply),
         *gpus(reply),
+        persistence(reply),
         dry_run(reply.enforcer),
         denied(reply.counters),
     ]
@@ -131,6 +132,21 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
                 "a stronger limiter acts (thermal, power supply, out-of-band): nvidia-smi -q -d "
                 "POWER,PERFORMANCE and the BMC's settings",
             )
+
+
+def persistence(reply: messages.StatusReply) -> Check:
+    """Warn where the driver forgets limits as soon as nobody uses a GPU."""
+    name = "persistence mode"
+    off = [gpu_label(gpu) for gpu in reply.gpus if gpu.persistence is False]
+    if off:
+        remedy = (
+            "nvidia-smi -pm 1 on the node, or nvidia-persistenced: without it a limit is forgotten "
+            "when the last program that has the GPU open ends (also when this agent restarts), and "
+            "opening NVML takes up to half a minute, in which the enforcer answers nobody"
+        )
+        return warn(name, f"off on GPU {', '.join(off)}", remedy)
+    known = [gpu for gpu in reply.gpus if gpu.persistence]
+    return Check(name=name, seen=f"on for {len(known)} of {len(reply.gpus)} GPUs, off for none")
 
 
 def dry_run(enforcer: messages.EnforcerStatus) -> Check:

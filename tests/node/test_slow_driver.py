@@ -1,4 +1,4 @@
-"""A driver that takes long to open, as where persistence mode is off, under the whole process."""
+"""Persistence mode off, under the whole process: slow to open, and limits are forgotten."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
-from tests.node.enforcer_harness import REPOSITORY, EnforcerNode
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
 from tests.waiting import HANG_S, until
+
+A = pod_uid(1)
 
 
 def powerctl(node: EnforcerNode, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,3 +53,26 @@ def test_a_question_with_a_time_of_its_own_waits_no_longer() -> None:
         done = powerctl(node, "status", "--timeout", "1")
         assert done.returncode == 3
         assert "gave no answer within 1 s" in done.stderr
+
+
+def test_a_killed_enforcers_forgotten_limit_comes_back_and_the_doctor_says_what_it_costs() -> None:
+    with EnforcerNode() as node:
+        node.gpus[0].persistence = False
+        node.start()
+        worker = node.run_pod(A)
+        node.snapshot({A: 300})
+        assert node.limit() == 300
+        node.end(worker)
+        node.kill()
+        node.start()
+        node.snapshot({A: 300})
+        node.wait_limit(300)
+        assert node.status().counters.drifts == 0
+        assert node.gpu().writes == {"adjust": 1}
+        assert "persistence mode is off" in node.logs("limit_set")[-1]["why"]
+        assert node.owned() == {node.gpus[0].uuid: 700_000}
+        checks = json.loads(powerctl(node, "doctor", "--json").stdout)["checks"]
+        (check,) = (check for check in checks if check["name"] == "persistence mode")
+        assert (check["result"], check["seen"]) == ("warn", "off on GPU 0")
+        assert "a limit is forgotten" in check["remedy"]
+        assert "nvidia-smi -pm 1" in check["remedy"]

@@ -150,6 +150,9 @@ static nvmlReturn_t first_open(void)
     nvmlReturn_t result = state_open();
     if (result == NVML_SUCCESS)
         result = faults_take(".", "nvmlInit", false).error;
+    unsigned long long cold_ms;
+    if (result == NVML_SUCCESS && forget_limits() && read_number("cold_init_ms", &cold_ms))
+        sleep_us(cold_ms * 1000);
     return result;
 }
 
@@ -196,6 +199,7 @@ EXPORT nvmlReturn_t nvmlShutdown(void)
     log_init("shutdown", NVML_SUCCESS);
     if (--users == 0) {
         mark_open(false);
+        forget_limits();
         state_close();
     }
     return end(NVML_SUCCESS);
@@ -557,7 +561,7 @@ EXPORT nvmlReturn_t nvmlDeviceSetPowerManagementLimit_v2(nvmlDevice_t device, po
 
 /* A process that has ended but was not reaped has closed its GPU already: kill(pid, 0) still finds
  * it, a pidfd is readable. */
-static bool lives(pid_t pid)
+bool lives(int pid)
 {
     if (kill(pid, 0) != 0 && errno == ESRCH)
         return false;
