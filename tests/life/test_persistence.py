@@ -13,8 +13,8 @@ HOUR_S = 3600.0
 H100_PCIE = Facts("H100 PCIe", 310_000, 200_000, 350_000)
 
 
-def a_life(tmp_path: Path, *, persistence: bool | None = False, **settings: str) -> Life:
-    life = Life(tmp_path, **settings)
+def a_life(tmp_path: Path, *, persistence: bool | None = False) -> Life:
+    life = Life(tmp_path)
     for gpu in life.device.gpus.values():
         gpu.persistence = persistence
     return life
