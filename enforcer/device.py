@@ -23,6 +23,9 @@ class DeviceError(Exception):
         self.lacking = False
         # The handle is worthless until the driver is opened anew.
         self.stale = False
+        # The way to the driver may be cut: where this lasts, a new session helps, and where none
+        # can be had, only a new container.
+        self.cut_off = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,9 +111,10 @@ class Fleet:
         driver = sessions.opened(self.driver, self._sessions, devices, now_s)
         self.driver = driver
         there = {board.uuid for board in listing.boards}
+        why = "; ".join(["not listed by NVML", *listing.faults])
         for gpu in self:
             if gpu.uuid not in there:
-                self._lose(gpu, "not listed by NVML")
+                self._lose(gpu, why)
         self._take(driver.number, listing)
 
     def _refused(self, error: DeviceError) -> None:

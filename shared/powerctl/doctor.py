@@ -35,6 +35,7 @@ def examine(
         node_checks.host_pids(proc, listener, reply.enforcer.pid),
         node_checks.cgroup_version(proc),
         node_checks.ledger(reply, proc, listener, as_root=os.geteuid() == 0),
+        node_checks.nodes(proc, listener),
         *reply_checks.from_reply(reply, node_checks.sys_admin(proc, listener)),
     ]
     return checks, True

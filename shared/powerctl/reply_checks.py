@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 
 from shared import messages
+from shared.nodes import LOST
 from shared.powerctl.check import LOG, Check, fail, warn
 from shared.powerctl.tables import cgroup_lines, duration, gpu_label, watts
 
 _SAMPLES = 5
+_XID = "nvidia-smi and dmesg (Xid) on the node"
 
 
 def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> list[Check]:
@@ -36,7 +38,11 @@ def nvml(enforcer: messages.EnforcerStatus) -> Check:
         return fail(name, seen, remedy + " (runtimeClassName: nvidia, or a driver mount)")
     if "VERSION_MISMATCH" in enforcer.nvml_message:
         return fail(name, seen, "the driver was upgraded: restart the enforcer's container")
-    return fail(name, seen, "nvidia-smi and dmesg (Xid) on the node")
+    if "NO_PERMISSION" in enforcer.nvml_message:
+        return fail(name, seen, "`device nodes`, above, tells modes from what else may refuse it")
+    if "UNKNOWN" in enforcer.nvml_message:
+        return fail(name, seen, f"if it has worked before, {LOST}; else {_XID}")
+    return fail(name, seen, _XID)
 
 
 def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:
@@ -119,7 +125,7 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
     """Check each GPU's state, and that what was set is what holds."""
     wrong = [gpu for gpu in reply.gpus if gpu.state in ("held", "failed", "lost")]
     for gpu in wrong:
-        remedy = "nvidia-smi and dmesg (Xid) on the node" if gpu.state == "lost" else LOG
+        remedy = _XID if gpu.state == "lost" else LOG
         yield fail(f"GPU {gpu_label(gpu)}", f"{gpu.state}: {gpu.reason}", remedy)
     if not wrong:
         yield Check(name="GPUs", seen=f"{len(reply.gpus)} known, none failed, lost or held")

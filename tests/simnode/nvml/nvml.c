@@ -149,6 +149,8 @@ static nvmlReturn_t first_open(void)
 {
     nvmlReturn_t result = state_open();
     if (result == NVML_SUCCESS)
+        result = open_node("nvidiactl");
+    if (result == NVML_SUCCESS)
         result = faults_take(".", "nvmlInit", false).error;
     unsigned long long cold_ms;
     if (result == NVML_SUCCESS && forget_limits() && read_number("cold_init_ms", &cold_ms))
@@ -274,6 +276,12 @@ static nvmlReturn_t give_handle(const char *function, int slot, nvmlReturn_t abs
     if (gpu->lost)
         return NVML_ERROR_GPU_IS_LOST;
     nvmlReturn_t result = faults_take(gpu->dir, function, false).error;
+    char node[32];
+    unsigned minor;
+    if (result == NVML_SUCCESS && gpu_number(gpu, "minor", &minor)) {
+        snprintf(node, sizeof node, "nvidia%u", minor);
+        result = open_node(node);
+    }
     if (result == NVML_SUCCESS)
         *device = handle_of((unsigned)slot);
     return result;

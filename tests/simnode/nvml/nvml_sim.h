@@ -23,6 +23,10 @@
  *                   persistence: 0 means that the limit is forgotten when nobody has NVML open and
  *                   no process is listed; seen when NVML is shut and when it is initialised
  *
+ * SIM_NVML_DEV, where it is set, is the folder of the device nodes: nvidiactl is opened at nvmlInit,
+ * nvidia<minor> for a handle. Refused by mode (EACCES) is NO_PERMISSION; anything else, as the
+ * EPERM of a container that has lost its devices (or of a file with chattr +i), is UNKNOWN.
+ *
  * power_mw is what the load would draw; a reading never exceeds the enforced limit.
  */
 #ifndef NVML_SIM_H
@@ -85,6 +89,7 @@ bool publish_temporary(const char *folder, const char *name);
 void append_line(const char *log, const char *rest); /* puts both clocks and the pid in front */
 void mark_open(bool open);
 unsigned long long start_time(int pid); /* in ticks since boot; 0: it has ended */
+nvmlReturn_t open_node(const char *name);
 int open_folder(const char *folder);    /* -1: cannot */
 void sleep_us(unsigned long long us);
 

@@ -185,6 +185,22 @@ void mark_open(bool open)
     close(fd);
 }
 
+nvmlReturn_t open_node(const char *name)
+{
+    char path[MAX_PATH];
+    const char *dev = getenv("SIM_NVML_DEV");
+    if (dev == NULL)
+        return NVML_SUCCESS;
+    snprintf(path, sizeof path, "%.200s/%.64s", dev, name);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0 && errno == EACCES)
+        return NVML_ERROR_NO_PERMISSION;
+    if (fd < 0)
+        return errno == ENOENT ? NVML_ERROR_DRIVER_NOT_LOADED : NVML_ERROR_UNKNOWN;
+    close(fd);
+    return NVML_SUCCESS;
+}
+
 /* ---- driver and enumeration ---- */
 
 static bool changed(const char *path, struct stat *seen)
