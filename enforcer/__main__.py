@@ -49,14 +49,25 @@ def main() -> int:
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
     log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
     gc.freeze()  # what is here stays: collections in the loop need not walk it
-    while not stop.requested:
+    while not (stop.requested or agent.hopeless):
         agent.turn()
         pulse.beat()
-    agent.stop()
+    why = None if stop.requested else agent.hopeless
+    if why is None:
+        agent.stop()
     server.close()
     ledger.close()
-    log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
-    return 0
+    return _say_the_end(log, config, why, len(ledger.entries))
+
+
+def _say_the_end(log: Log, config: EnforcerSettings, why: str | None, owned: int) -> int:
+    """Say that this is the end, in order or because of `why`; return the exit status."""
+    if why is None:
+        log.info("stopped", on_exit=config.on_exit, still_owned=owned)
+        return 0
+    log.error("ended", why=why, still_owned=owned)
+    sys.stderr.write(f"{_NAME}: {why}\n")
+    return 1
 
 
 def _look_around(config: EnforcerSettings, log: Log) -> tuple[str, ...]:

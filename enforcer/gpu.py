@@ -11,6 +11,9 @@ Where it is:
 | lost     | it answers            | present  | gpu_back                                   |
 | lost     | it does not           | lost     |                                            |
 
+It does not answer where it says so (it is lost, or needs a reset), and where reading its limit gave
+no better reason than UNKNOWN for three minutes. Then its handle may be worthless.
+
 What became of a write (`after`):
 
 | the write             | was to    | what it is then           | told                             |
@@ -45,6 +48,7 @@ from shared.units import same_limit
 # Frequent writes disturb collective operations on the GPU.
 WRITE_GAP_S = 0.1
 _AGAIN = Backoff(first_s=1.0, most_s=32.0)
+_CUT_OFF_S = 180.0
 _FORGOTTEN = "the driver had forgotten it while NVML was closed, since persistence mode is off"
 # A GPU that is lost again and again is searched for ever more seldom.
 _LOST = Backoff(first_s=1.0, most_s=600.0)
@@ -74,6 +78,7 @@ class Present:
     """It answers: its board, and what was last read and seen of it in this session.
 
     `is_default`: in this session no reading showed another limit than the board's default.
+    `cut_off_s`: since when every reading was refused as where a new session may help.
     """
 
     board: Board
@@ -85,6 +90,7 @@ class Present:
     # is not in the ledger, so after a restart it is known again once the pods are seen.
     beside: frozenset[str | int] = frozenset()
     is_default: bool = True
+    cut_off_s: float | None = None
 
 
 UNSEEN = Unseen()
@@ -188,10 +194,10 @@ def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list
     facts = board.facts.or_else(gpu.facts)
     where = Present(board, session, now_s)
     if isinstance(gpu.where, Present):
-        is_default = gpu.where.is_default or gpu.where.session != session
-        where = replace(
-            where, since_s=gpu.where.since_s, beside=gpu.where.beside, is_default=is_default
-        )
+        where = replace(where, since_s=gpu.where.since_s, beside=gpu.where.beside)
+    if isinstance(gpu.where, Present) and gpu.where.session == session:
+        before = gpu.where
+        where = replace(where, is_default=before.is_default, cut_off_s=before.cut_off_s)
     here = replace(gpu, facts=facts, where=where)
     if not isinstance(gpu.where, Lost):
         return here, []
@@ -244,10 +250,29 @@ def shut(gpu: Gpu) -> Gpu:
 
 def was_read(gpu: Gpu, reading: Reading) -> Gpu:
     """Return the GPU with a new reading."""
-    if not isinstance(gpu.where, Present) or gpu.where.reading == reading:
+    if not isinstance(gpu.where, Present):
         return gpu
-    is_default = gpu.where.is_default and reading.limit_mw in (None, gpu.facts.default_mw)
-    return replace(gpu, where=replace(gpu.where, reading=reading, is_default=is_default))
+    here = replace(gpu.where, reading=reading)
+    if reading.limit_mw is not None:
+        is_default = here.is_default and reading.limit_mw == gpu.facts.default_mw
+        here = replace(here, is_default=is_default, cut_off_s=None)
+    return gpu if here == gpu.where else replace(gpu, where=here)
+
+
+def was_not_read(gpu: Gpu, now_s: float, *, cut_off: bool) -> Gpu:
+    """Return the GPU after a reading that was refused; `cut_off`: a new session may help."""
+    gpu = was_read(gpu, UNREAD)
+    if not isinstance(gpu.where, Present):
+        return gpu
+    since_s = (gpu.where.cut_off_s or now_s) if cut_off else None
+    return replace(gpu, where=replace(gpu.where, cut_off_s=since_s))
+
+
+def is_cut_off(gpu: Gpu, now_s: float) -> bool:
+    """Tell whether its handle may be worthless, since reading it was refused for minutes."""
+    if not isinstance(gpu.where, Present) or gpu.where.cut_off_s is None:
+        return False
+    return now_s >= gpu.where.cut_off_s + _CUT_OFF_S
 
 
 def _is_forgotten(gpu: Gpu) -> bool:

@@ -12,6 +12,7 @@ H100 = Facts("H100", 700_000, 200_000, 700_000)
 ABSENT = ("DRIVER_NOT_LOADED", "LIBRARY_NOT_FOUND")
 LACKING = ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND")
 STALE = ("GPU_IS_LOST", "UNINITIALIZED")
+CUT_OFF = ("UNKNOWN", "LIB_RM_VERSION_MISMATCH")
 
 
 class Killed(BaseException):
@@ -40,6 +41,7 @@ def error(call: str, name: str) -> DeviceError:
     made.absent = name in ABSENT
     made.lacking = name in LACKING
     made.stale = name in STALE
+    made.cut_off = name in CUT_OFF
     return made
 
 
@@ -82,6 +84,8 @@ class FakeDevice:
         self.clock = clock
         self.driver_version: str | None = None
         self.faults: dict[str, str] = {}
+        # What opening says in this container; another one has its devices again.
+        self.cut_off: str | None = None
         self.open_costs_s = 1.0
         self.cold_open_costs_s = 30.0
         self.opens: list[float] = []
@@ -111,8 +115,8 @@ class FakeDevice:
         self.opens.append(self.clock.time_s)
         cold = any(gpu.sleeps() for gpu in self.gpus.values())
         self.clock.rest(self.cold_open_costs_s if cold else self.open_costs_s)
-        if "open" in self.faults:
-            raise error("nvmlInit", self.faults["open"])
+        if name := self.faults.get("open", self.cut_off):
+            raise error("nvmlInit", name)
         self._session += 1
         self.is_open = True
         self.driver_version = "570.1"
