@@ -16,7 +16,7 @@ from enforcer.ledger import Ledger, LedgerError, UnreadableError
 from enforcer.nvml import Nvml
 from enforcer.processes import Processes
 from enforcer.pulse import Pulse
-from enforcer.server import Server, prepare_directory
+from enforcer.server import Server, connections_for, prepare_directory
 from enforcer.settings import EnforcerSettings
 from enforcer.signals import StopSignal
 from shared import __version__, settings
@@ -40,7 +40,7 @@ def main() -> int:
         ledger = Ledger(config.state_dir, procfs.boot_id(config.proc_root))
         if not (_lock(ledger, config, log, stop) and _load(ledger, log, stop)):
             return 0
-        server = _listen(config, stop)
+        server = _listen(config, log, stop)
     except (LedgerError, TransportError, sight.BlindError, privileges.DropError) as error:
         settings.exit_usage(_NAME, str(error))
     nvml = Nvml()
@@ -49,14 +49,25 @@ def main() -> int:
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
     log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
     gc.freeze()  # what is here stays: collections in the loop need not walk it
-    while not stop.requested:
+    while not (stop.requested or agent.hopeless):
         agent.turn()
         pulse.beat()
-    agent.stop()
+    why = None if stop.requested else agent.hopeless
+    if why is None:
+        agent.stop()
     server.close()
     ledger.close()
-    log.info("stopped", on_exit=config.on_exit, still_owned=len(ledger.entries))
-    return 0
+    return _say_the_end(log, config, why, len(ledger.entries))
+
+
+def _say_the_end(log: Log, config: EnforcerSettings, why: str | None, owned: int) -> int:
+    """Say that this is the end, in order or because of `why`; return the exit status."""
+    if why is None:
+        log.info("stopped", on_exit=config.on_exit, still_owned=owned)
+        return 0
+    log.error("ended", why=why, still_owned=owned)
+    sys.stderr.write(f"{_NAME}: {why}\n")
+    return 1
 
 
 def _look_around(config: EnforcerSettings, log: Log) -> tuple[str, ...]:
@@ -65,14 +76,27 @@ def _look_around(config: EnforcerSettings, log: Log) -> tuple[str, ...]:
     return sight.cgroup_roots(config.cgroup_root, config.proc_root, config.in_kubernetes)
 
 
-def _listen(config: EnforcerSettings, stop: StopSignal) -> Server:
+def _listen(config: EnforcerSettings, log: Log, stop: StopSignal) -> Server:
     """Give up power, then listen to those who may ask."""
     prepare_directory(config.run_dir)
-    privileges.drop()  # before libzmq starts threads: each has its own capabilities
+    # Before libzmq starts threads: each has its own capabilities.
+    connections = _connections(privileges.drop(), log)
     sight.check_sight(config.proc_root)
-    server = Server(config.run_dir, {config.watcher_uid, *config.reader_uids, os.geteuid()})
+    uids = {config.watcher_uid, *config.reader_uids, os.geteuid()}
+    server = Server(config.run_dir, uids, connections)
     server.watch(stop.fileno())
     return server
+
+
+def _connections(descriptors: int, log: Log) -> int:
+    """Return how many connections a socket may have; says so where files are too few for them."""
+    connections, wanted = connections_for(descriptors), privileges.DESCRIPTORS
+    if descriptors < wanted:
+        why = f"the hard limit of open files is {descriptors}, below the {wanted} wanted"
+        risk = f"at most {connections} connections a socket, and a flood of them may end this"
+        remedy = "raise LimitNOFILE of the container runtime's service"
+        log.warning("few_files", why=f"{why}: {risk}; {remedy}")
+    return connections
 
 
 def _lock(ledger: Ledger, config: EnforcerSettings, log: Log, stop: StopSignal) -> bool:

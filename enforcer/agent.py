@@ -18,7 +18,7 @@ from enforcer.announce import Announcer
 from enforcer.clock import Clock
 from enforcer.desk import Desk
 from enforcer.device import Device, DeviceError
-from enforcer.driver import Open, Shut, Step
+from enforcer.driver import Open, Refused, Shut, Step
 from enforcer.fleet import Bus, Fleet
 from enforcer.gpu import WRITE_GAP_S, Gpu, NotEntered, Outcome, Present
 from enforcer.ledger import Ledger, LedgerError
@@ -93,6 +93,19 @@ class Agent:
             self._move_on(desired, due)
         if self._may_answer():
             self._answer()
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why only a new container may help; None where that is not so."""
+        driver = self._fleet.driver
+        if not isinstance(driver, Refused) or not sessions.is_hopeless(driver):
+            return None
+        return (
+            f"NVML worked before, and every try for {sessions.HOPELESS_S / 60:g} minutes was "
+            f"refused: {driver.why}; ending with status 1, so that a new container is made, which "
+            "gets its devices (systemctl daemon-reload and the static CPU manager take them away) "
+            "and the driver's library anew; what is owned stays in the ledger"
+        )
 
     def _act(self, desired: Desired) -> None:
         """Decide, write ahead what may be written now, carry it out, settle what came of it."""

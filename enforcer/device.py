@@ -23,16 +23,23 @@ class DeviceError(Exception):
         self.lacking = False
         # The handle is worthless until the driver is opened anew.
         self.stale = False
+        # The way to the driver may be cut: where this lasts, a new session helps, and where none
+        # can be had, only a new container.
+        self.cut_off = False
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a board tells of itself; each fact by itself is known or None. Limits in milliwatts."""
+    """What a board tells of itself; each fact by itself is known or None. Limits in milliwatts.
+
+    Without persistence mode the driver forgets a board's limit when its last client has gone.
+    """
 
     name: str | None = None
     default_mw: int | None = None
     min_mw: int | None = None
     max_mw: int | None = None
+    persistence: bool | None = None
 
     def or_else(self, before: "Facts") -> "Facts":
         """Return these facts, and those of `before` where these are not known.
@@ -44,6 +51,7 @@ class Facts:
             default_mw=before.default_mw if self.default_mw is None else self.default_mw,
             min_mw=before.min_mw if self.min_mw is None else self.min_mw,
             max_mw=before.max_mw if self.max_mw is None else self.max_mw,
+            persistence=before.persistence if self.persistence is None else self.persistence,
         )
 
 

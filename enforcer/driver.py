@@ -13,9 +13,14 @@ So a session is kept, and opened anew only for a reason to expect more of it:
 | open           | nothing is asked for or owned, and it is five seconds old     | shut      |
 | open           | nothing is asked for or owned, and it is younger              | keep      |
 | open           | a GPU has just been lost, or a device has come to the bus     | open anew |
-| open           | a GPU is missing, none is in use, and it is ten minutes old   | open anew |
+| open           | a GPU or a fact is missing, no GPU is in use, and it is ten   |           |
+|                | minutes old                                                   | open anew |
 | open           | a GPU or a fact of one is missing, and its wait is over       | list      |
 | open           | all else                                                      | keep      |
+
+Only a new container may help where NVML worked in this process and every try for three minutes was
+refused as when a container has lost its devices. The program ends then (`is_hopeless`), never while
+a session is open: through that one GPUs can still be given back.
 
 A session that took half a minute to open is not let go before those who waited for it are heard.
 
@@ -33,6 +38,8 @@ from shared.pace import Backoff
 _TRIES = 3
 # With a GPU missing and no reason to expect it back.
 _WITHOUT_REASON_S = 600.0
+# NVML may answer so while a driver is exchanged, too.
+HOPELESS_S = 180.0
 # How long one is kept that nothing needs.
 _LEAST_S = 5.0
 _FIRST_S = 1.0
@@ -68,11 +75,17 @@ class Shut:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """No session: opening failed, and is tried again when `again` lets it."""
+    """No session: opening failed, and is tried again when `again` lets it.
+
+    `at_s` is when it was last tried. `cut_off_s`: since when every try was refused as where only a
+    new container helps, though NVML had worked in this process; None where it was not.
+    """
 
     why: str
     absent: bool
     again: Backoff
+    at_s: float = 0.0
+    cut_off_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +131,33 @@ def next_step(driver: Driver, view: View, now_s: float) -> Step:
     if driver.search is not None and now_s >= driver.search.due_s:
         return Step.OPEN
     old = now_s >= driver.since_s + _WITHOUT_REASON_S
-    if view.missing and not view.used and old:
+    lacking = view.missing or bool(driver.faults)
+    if lacking and not view.used and old:
         return Step.OPEN
-    if (driver.faults or view.missing) and driver.again.may(now_s):
+    if lacking and driver.again.may(now_s):
         return Step.LIST
     return Step.KEEP
 
 
-def refused(before: Driver, why: str, *, absent: bool, now_s: float) -> Refused:
-    """Return the state after a session that could not be opened."""
-    again = before.again if isinstance(before, Refused) else Backoff(_FIRST_S, _MOST_S)
-    return Refused(why, absent, again.failed(now_s))
+def refused(
+    before: Driver, why: str, *, absent: bool, now_s: float, cut_off: bool = False
+) -> Refused:
+    """Return the state after a session that could not be opened.
+
+    `cut_off`: NVML had worked in this process, and only a new container may help.
+    """
+    again, since_s = Backoff(_FIRST_S, _MOST_S), None
+    if isinstance(before, Refused):
+        again, since_s = before.again, before.cut_off_s
+    since_s = (now_s if since_s is None else since_s) if cut_off else None
+    return Refused(why, absent, again.failed(now_s), now_s, since_s)
+
+
+def is_hopeless(driver: Driver) -> bool:
+    """Tell whether to end, so that a new container is made; asked after a try, not between two."""
+    if not isinstance(driver, Refused) or driver.cut_off_s is None:
+        return False
+    return driver.at_s >= driver.cut_off_s + HOPELESS_S
 
 
 def opened(before: Driver, number: int, devices: Devices, now_s: float) -> Open:

@@ -10,7 +10,7 @@ from typing import Protocol
 from enforcer import driver as sessions
 from enforcer import gpu as one
 from enforcer.clock import Clock
-from enforcer.device import UNREAD, Board, Device, DeviceError, Listing
+from enforcer.device import Board, Device, DeviceError, Listing
 from enforcer.driver import Devices, Driver, Open, Shut, Step, View
 from enforcer.gpu import Gpu, Happening, Lost, Present
 from enforcer.policy import Desired
@@ -111,14 +111,21 @@ class Fleet:
         driver = sessions.opened(self.driver, self._sessions, devices, now_s)
         self.driver = driver
         there = {board.uuid for board in listing.boards}
+        why = "; ".join(["not listed by NVML", *listing.faults])
         for gpu in self:
             if gpu.uuid not in there:
-                self._lose(gpu, "not listed by NVML")
+                self._lose(gpu, why)
         self._take(driver.number, listing)
 
     def _refused(self, error: DeviceError) -> None:
         why, now_s = str(error), self._clock.now_s()
-        self.driver = sessions.refused(self.driver, why, absent=error.absent, now_s=now_s)
+        self.driver = sessions.refused(
+            self.driver,
+            why,
+            absent=error.absent,
+            now_s=now_s,
+            cut_off=error.cut_off and self._sessions > 0,
+        )
         for gpu in self:
             self._lose(gpu, why)
 
@@ -150,6 +157,11 @@ class Fleet:
             return True
         try:
             self._device.limit_mw(board)
+        except DeviceError as error:
+            if error.stale or error.cut_off:
+                self._lose(gpu, str(error))
+                return False
+        try:
             self._device.pids(board)
         except DeviceError as error:
             return not error.stale
@@ -189,10 +201,15 @@ class Fleet:
         try:
             reading = self._device.read(gpu.where.board)
         except DeviceError as error:
-            if error.stale:
-                return self._lose(gpu, str(error))
-            reading = UNREAD
+            return self._was_not_read(gpu, error)
         return self.become(one.was_read(gpu, reading))
+
+    def _was_not_read(self, gpu: Gpu, error: DeviceError) -> Gpu:
+        now_s = self._clock.now_s()
+        gpu = self.become(one.was_not_read(gpu, now_s, cut_off=error.cut_off))
+        if error.stale or one.is_cut_off(gpu, now_s):
+            return self._lose(gpu, str(error))
+        return gpu
 
     def look_at(self, uuids: Iterable[str]) -> None:
         """See who holds these GPUs, and those of which it is not known."""

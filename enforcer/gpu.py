@@ -11,6 +11,9 @@ Where it is:
 | lost     | it answers            | present  | gpu_back                                   |
 | lost     | it does not           | lost     |                                            |
 
+It does not answer where it says so (it is lost, or needs a reset), and where reading its limit gave
+no better reason than UNKNOWN for three minutes. Then its handle may be worthless.
+
 What became of a write (`after`):
 
 | the write             | was to    | what it is then           | told                             |
@@ -27,6 +30,9 @@ What became of a write (`after`):
 
 A write that failed is tried again as what it was: a refused release is no drift, and a refused
 first set counts as the first. Its wait does not delay another target.
+
+A limit that the driver forgot is no drift but an adjustment: nobody else has changed it. That is so
+where persistence mode is off and a new session finds the board at its default.
 """
 
 from collections.abc import Mapping
@@ -42,6 +48,8 @@ from shared.units import same_limit
 # Frequent writes disturb collective operations on the GPU.
 WRITE_GAP_S = 0.1
 _AGAIN = Backoff(first_s=1.0, most_s=32.0)
+_CUT_OFF_S = 180.0
+_FORGOTTEN = "the driver had forgotten it while NVML was closed, since persistence mode is off"
 # A GPU that is lost again and again is searched for ever more seldom.
 _LOST = Backoff(first_s=1.0, most_s=600.0)
 # More than ran at one time: then those that run now are remembered.
@@ -67,7 +75,11 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """It answers: its board, and what was last read and seen of it in this session."""
+    """It answers: its board, and what was last read and seen of it in this session.
+
+    `is_default`: in this session no reading showed another limit than the board's default.
+    `cut_off_s`: since when every reading was refused as where a new session may help.
+    """
 
     board: Board
     session: int
@@ -77,6 +89,8 @@ class Present:
     # Who was seen on it together with the pods that it is kept for: they have not taken it. This
     # is not in the ledger, so after a restart it is known again once the pods are seen.
     beside: frozenset[str | int] = frozenset()
+    is_default: bool = True
+    cut_off_s: float | None = None
 
 
 UNSEEN = Unseen()
@@ -178,10 +192,13 @@ Outcome = Wrote | Refused | Noted | NotEntered
 def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list[Happening]]:
     """Return the GPU after it answered in that session."""
     facts = board.facts.or_else(gpu.facts)
-    since_s, beside = now_s, frozenset[str | int]()
+    where = Present(board, session, now_s)
     if isinstance(gpu.where, Present):
-        since_s, beside = gpu.where.since_s, gpu.where.beside
-    here = replace(gpu, facts=facts, where=Present(board, session, since_s, beside=beside))
+        where = replace(where, since_s=gpu.where.since_s, beside=gpu.where.beside)
+    if isinstance(gpu.where, Present) and gpu.where.session == session:
+        before = gpu.where
+        where = replace(where, is_default=before.is_default, cut_off_s=before.cut_off_s)
+    here = replace(gpu, facts=facts, where=where)
     if not isinstance(gpu.where, Lost):
         return here, []
     return here, [_told(here, "gpu_back", None, f"it answers again, as GPU {board.index}")]
@@ -233,9 +250,35 @@ def shut(gpu: Gpu) -> Gpu:
 
 def was_read(gpu: Gpu, reading: Reading) -> Gpu:
     """Return the GPU with a new reading."""
-    if not isinstance(gpu.where, Present) or gpu.where.reading == reading:
+    if not isinstance(gpu.where, Present):
         return gpu
-    return replace(gpu, where=replace(gpu.where, reading=reading))
+    here = replace(gpu.where, reading=reading)
+    if reading.limit_mw is not None:
+        is_default = here.is_default and reading.limit_mw == gpu.facts.default_mw
+        here = replace(here, is_default=is_default, cut_off_s=None)
+    return gpu if here == gpu.where else replace(gpu, where=here)
+
+
+def was_not_read(gpu: Gpu, now_s: float, *, cut_off: bool) -> Gpu:
+    """Return the GPU after a reading that was refused; `cut_off`: a new session may help."""
+    gpu = was_read(gpu, UNREAD)
+    if not isinstance(gpu.where, Present):
+        return gpu
+    since_s = (gpu.where.cut_off_s or now_s) if cut_off else None
+    return replace(gpu, where=replace(gpu.where, cut_off_s=since_s))
+
+
+def is_cut_off(gpu: Gpu, now_s: float) -> bool:
+    """Tell whether its handle may be worthless, since reading it was refused for minutes."""
+    if not isinstance(gpu.where, Present) or gpu.where.cut_off_s is None:
+        return False
+    return now_s >= gpu.where.cut_off_s + _CUT_OFF_S
+
+
+def _is_forgotten(gpu: Gpu) -> bool:
+    """Tell whether the driver has forgotten its limit, if it is not the one that it should be."""
+    known = gpu.limit_mw is not None and gpu.facts.persistence is False
+    return known and isinstance(gpu.where, Present) and gpu.where.is_default
 
 
 def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
@@ -312,6 +355,9 @@ def decided(gpu: Gpu, decision: Decision, *, dry_run: bool) -> Gpu:
     gpu = _with_neighbours(gpu, decision)
     if gpu.trouble and decision.action == "drift":
         decision = replace(decision, action=gpu.trouble.decision.action)
+    elif decision.action == "drift" and _is_forgotten(gpu):
+        reason = f"{decision.reason}; {_FORGOTTEN}"
+        decision = replace(decision, action="adjust", reason=reason)
     if dry_run and decision.action:
         reason = f"dry run, nothing is written; would be: {decision.reason}"
         decision = replace(decision, action=None, reason=reason)

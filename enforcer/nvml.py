@@ -10,14 +10,25 @@ from typing import Any
 import pynvml
 
 from enforcer.device import Board, DeviceError, Facts, Listing, Reading
+from enforcer.nodes import Obstacle, obstacle
 
 _NAMES = {v: k.removeprefix("NVML_ERROR_") for k, v in vars(pynvml).items() if "NVML_ERROR_" in k}
 _REMEDIES = {
-    "NO_PERMISSION": "; setting a limit takes CAP_SYS_ADMIN in the initial user namespace",
     "LIBRARY_NOT_FOUND": "; is the driver installed, and its libnvidia-ml.so.1 to be seen here?",
     "DRIVER_NOT_LOADED": "; load the NVIDIA driver",
     "LIB_RM_VERSION_MISMATCH": "; the driver was upgraded: restart this pod to get its library",
 }
+# Why the driver is not reached at all; the device nodes may tell (nodes.py).
+_SHUT_OUT = {"NO_PERMISSION", "UNKNOWN"}
+_REACHING = (pynvml.nvmlInit, pynvml.nvmlDeviceGetHandleByIndex)
+_NO_CAPABILITY = "setting a limit takes CAP_SYS_ADMIN in the initial user namespace"
+_NO_REASON = (
+    "the device nodes can be opened, so a seccomp profile, SELinux or AppArmor may refuse it: "
+    "see the kernel's log"
+)
+# Where NVML worked and these last, a new session helps, or a new container with its own devices
+# and the driver's new library.
+_CUT_OFF = {"UNKNOWN", "LIB_RM_VERSION_MISMATCH"}
 _ABSENT = {"LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED"}
 # What a board or an older driver cannot tell.
 _LACKING = {"NOT_SUPPORTED", "FUNCTION_NOT_FOUND"}
@@ -35,11 +46,13 @@ _OPTIONAL_LISTS = (
 class NvmlError(DeviceError):
     """A call that NVML refused; `name` is its error without NVML_ERROR_."""
 
-    def __init__(self, operation: str, name: str) -> None:
-        super().__init__(name, f"{operation}: {name}{_REMEDIES.get(name, '')}")
+    def __init__(self, operation: str, name: str, why: Obstacle | None = None) -> None:
+        remedy = _REMEDIES.get(name, "") if why is None else f"; {why.why}"
+        super().__init__(name, f"{operation}: {name}{remedy}")
         self.absent = name in _ABSENT
         self.lacking = name in _LACKING
         self.stale = name in _STALE
+        self.cut_off = name in _CUT_OFF or (why is not None and why.lost)
 
 
 def _call(function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
@@ -53,7 +66,17 @@ def _call(function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN
         name = "NO_TEXT"
     except pynvml.NVMLLibraryMismatchError:
         name = "FUNCTION_NOT_FOUND"
-    raise NvmlError(function.__name__, name)
+    raise NvmlError(function.__name__, name, _cause(function, name))
+
+
+def _cause(function: Callable[..., Any], name: str) -> Obstacle | None:
+    """Return why a call was refused, where its error's name does not tell."""
+    if name == "NO_PERMISSION" and function is pynvml.nvmlDeviceSetPowerManagementLimit:
+        return Obstacle(_NO_CAPABILITY, lost=False)
+    found = obstacle() if name in _SHUT_OUT and function in _REACHING else None
+    if found is None and name == "NO_PERMISSION":
+        return Obstacle(_NO_REASON, lost=False)
+    return found
 
 
 class Nvml:
@@ -148,4 +171,6 @@ def _facts(handle: object) -> tuple[Facts, list[NvmlError]]:
     min_mw, max_mw = bounds or (None, None)
     default_mw = ask(pynvml.nvmlDeviceGetPowerManagementDefaultLimit)
     name = ask(pynvml.nvmlDeviceGetName)
-    return Facts(name=name, default_mw=default_mw, min_mw=min_mw, max_mw=max_mw), errors
+    mode = _number(pynvml.nvmlDeviceGetPersistenceMode, handle)  # no error: no limit depends on it
+    persistence = None if mode is None else mode == pynvml.NVML_FEATURE_ENABLED
+    return Facts(name, default_mw, min_mw, max_mw, persistence), errors

@@ -70,6 +70,7 @@ def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
         min_mw=facts.min_mw,
         max_mw=facts.max_mw,
         power_mw=reading.power_mw if reading else None,
+        persistence=facts.persistence,
         managed=owned is not None,
         original_mw=owned.original_mw if owned else None,
         target_mw=target_mw,

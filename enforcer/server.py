@@ -38,6 +38,7 @@ _FRAMES = 4  # kept of a message: one more than any may have
 _TURN = 64  # requests taken in one turn, so that a flood cannot starve the limits
 _BACKLOG = 64
 _CONNECTIONS = 128  # of one socket; a watcher and a few readers need a handful
+_OWN_FILES = 64  # that the enforcer has open for itself, at most: about thirty
 _SUBSCRIPTION_BYTES = 64  # a listener sends subscriptions and its handshake, nothing else
 _TOPICS = 256  # of all listeners; `powerctl` has one, the empty one
 # Connections of one uid: a second, and at once.
@@ -67,6 +68,14 @@ def _credentials(address: str) -> tuple[int | None, int]:
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts[1:]):
         return None, 0
     return int(parts[1]), int(parts[3])
+
+
+def connections_for(descriptors: int) -> int:
+    """Return how many connections a socket may have where so many files may be open in all.
+
+    There are two sockets, and half of what is left is for those that come within a turn.
+    """
+    return max(1, min(_CONNECTIONS, (descriptors - _OWN_FILES) // 4))
 
 
 def prepare_directory(run_dir: Path) -> None:
@@ -113,6 +122,7 @@ class _Endpoint:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     path: Path
+    most: int  # connections
     connections: int = 0
     topics: int = 0  # counted before it listened
     closed_until: float | None = None
@@ -167,7 +177,7 @@ class _Endpoint:
         # A socket lets go of what ended connections leave behind when it is asked something, and
         # nothing else asks the PUB while there is nothing to publish.
         self.socket.getsockopt(zmq.EVENTS)
-        if self.closed_until is None and self.connections > _CONNECTIONS:
+        if self.closed_until is None and self.connections > self.most:
             refused += self.drop()
         return refused
 
@@ -175,9 +185,10 @@ class _Endpoint:
 class Server:
     """The enforcer's end: a ROUTER for requests and a PUB for events, for proven uids only."""
 
-    def __init__(self, run_dir: Path, uids: Iterable[int]) -> None:
-        """Listen in `run_dir` for `uids`; raises TransportError."""
+    def __init__(self, run_dir: Path, uids: Iterable[int], connections: int = _CONNECTIONS) -> None:
+        """Listen in `run_dir` for `uids`, `connections` a socket at most; raises TransportError."""
         prepare_directory(run_dir)
+        self._connections = connections
         self._uids = frozenset(uids)
         self._context = zmq.Context(io_threads=1)
         self._zap: zmq.Socket[bytes] = self._context.socket(zmq.REP)
@@ -219,7 +230,7 @@ class Server:
         monitor = sock.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
         )
-        endpoint = _Endpoint(sock, monitor, path)
+        endpoint = _Endpoint(sock, monitor, path, self._connections)
         endpoint.listen()
         return endpoint
 

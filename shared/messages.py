@@ -89,6 +89,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
     min_mw: int | None = None
     max_mw: int | None = None
     power_mw: int | None = None
+    persistence: bool | None = None  # persistence mode; off: the driver forgets limits
     managed: bool = False
     original_mw: int | None = None
     target_mw: int | None = None

@@ -1,9 +1,13 @@
-"""Supervisord's event listener: kills an enforcer that hangs; ends all if a program cannot start.
+"""Supervisord's event listener: kills an enforcer that hangs; ends all where nothing else helps.
 
-An enforcer hangs when it answered before and then left several pings in a row unanswered. One
-that never answered may be waiting for another agent on this node to go, so it is given minutes;
-if it did wait, it waits on after its restart. It gets SIGKILL, because a process that hangs handles
-no other signal. Limits and ledger stay.
+An enforcer hangs when it answered before and then left a minute of pings unanswered: it answers
+nobody while it opens NVML, which takes half a minute where persistence mode is off. One that never
+answered may be waiting for another agent on this node to go, so it is given minutes; if it did
+wait, it waits on after its restart. It gets SIGKILL, because a process that hangs handles no other
+signal. Limits and ledger stay.
+
+All ends, and the container with it, where a program cannot be started, and where the enforcer gave
+up with status 1: it has lost its devices, and only a new container gets them back.
 
 The watchdog asks over one connection that it keeps. That costs the enforcer one answer in five
 seconds and starts no program. So it does not need the pulse, which saves the kubelet's probes the
@@ -27,7 +31,7 @@ from shared.sockets import TransportError
 
 PING_TIMEOUT_S = 2.0
 # Pings in a row, one every five seconds (TICK_5).
-UNANSWERED = 3
+UNANSWERED = 12
 UNANSWERED_FROM_THE_START = 60
 PROC = Path("/proc")
 
@@ -54,6 +58,12 @@ def children_named(program: str, parent: int) -> list[int]:
     return found
 
 
+def _gave_up(event: str, payload: dict[str, str]) -> bool:
+    """Tell whether the enforcer ended with the status that supervisord.conf has in `exitcodes`."""
+    ended = event == "PROCESS_STATE_EXITED" and payload.get("processname") == "enforcer"
+    return ended and payload.get("expected") == "1"
+
+
 class Watchdog:
     """Hears what supervisord tells, and acts."""
 
@@ -69,7 +79,7 @@ class Watchdog:
         """Act on one event."""
         if event == "TICK_5":
             self._tick()
-        elif event == "PROCESS_STATE_FATAL":
+        elif event == "PROCESS_STATE_FATAL" or _gave_up(event, payload):
             self._log.error("beyond_saving", program=payload.get("processname"))
             os.kill(self._supervisor, signal.SIGTERM)
         elif payload.get("processname") == "enforcer":

@@ -13,7 +13,7 @@ import msgspec
 
 from shared import __version__, messages
 from shared.powerctl import doctor, live, tables
-from shared.powerctl.ask import UnreachableError, ask
+from shared.powerctl.ask import Patience, UnreachableError, ask
 from shared.powerctl.explain import explain, near
 from shared.settings import DEFAULT_RUN_DIR, colour_from_environment, run_dir_from_environment
 
@@ -25,6 +25,10 @@ UNREACHABLE = 3
 _INTERRUPTED = 130  # as shells report it
 _SOCKET_PATH_BYTES = 107  # sun_path of sockaddr_un without its final zero (unix(7))
 _LONGEST_S = 3600.0
+# Where --timeout is not given. A question about GPUs has the enforcer open NVML, and it answers
+# nobody meanwhile: up to half a minute where persistence mode is off.
+_TIMEOUT_S = 2.0
+_BUSY_S = 58.0
 _EPILOG = f"""\
 exit status:
   0 good, 1 not as it should be, 2 wrong use, 3 enforcer not reachable,
@@ -71,7 +75,15 @@ def _arguments() -> argparse.Namespace:
             arguments.socket = _directory(str(run_dir_from_environment()))
         except argparse.ArgumentTypeError as error:
             parser.error(f"POWER_AGENT_RUN_DIR: {error}")
+    arguments.busy_s = 0.0
+    if arguments.timeout is None:
+        arguments.timeout = _TIMEOUT_S
+        arguments.busy_s = 0.0 if arguments.command in ("ping", "events") else _BUSY_S
     return arguments
+
+
+def _patience(arguments: argparse.Namespace) -> Patience | None:
+    return Patience(arguments.busy_s, live.note) if arguments.busy_s else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,8 +124,8 @@ def _options_of_all() -> argparse.ArgumentParser:
         "--timeout",
         metavar="SECONDS",
         type=_seconds,
-        default=2.0,
-        help="how long to wait for an answer (default: 2)",
+        help="how long to wait for an answer (default: 2; status, explain, top and doctor wait a "
+        "minute for an enforcer that is there but busy, as while it opens NVML)",
     )
     return common
 
@@ -159,7 +171,13 @@ def _print_json(value: object) -> None:
 
 
 def _ask_status(arguments: argparse.Namespace) -> messages.StatusReply:
-    return ask(arguments.socket, messages.Status(), messages.StatusReply, arguments.timeout)
+    return ask(
+        arguments.socket,
+        messages.Status(),
+        messages.StatusReply,
+        arguments.timeout,
+        _patience(arguments),
+    )
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -191,7 +209,7 @@ def _top(arguments: argparse.Namespace) -> int:
     if not sys.stdout.isatty():
         live.note("top needs a terminal; powerctl status prints once")
         return WRONG_USE
-    live.top(arguments.socket, arguments.timeout, _paint())
+    live.top(arguments.socket, arguments.timeout, arguments.busy_s, _paint())
     return GOOD
 
 
@@ -219,7 +237,9 @@ def _ping(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    checks, answered = doctor.examine(arguments.socket, arguments.timeout, Path("/proc"))
+    checks, answered = doctor.examine(
+        arguments.socket, arguments.timeout, Path("/proc"), _patience(arguments)
+    )
     if arguments.json:
         _print_json({"checks": checks})
     else:

@@ -4,6 +4,8 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,25 +20,38 @@ R = TypeVar("R", bound=messages.Reply)
 _PROBE_S = 0.5
 
 
-class UnreachableError(Exception):
-    """The enforcer gives no usable answer; `remedy` is what helps."""
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How much longer to wait for an enforcer that is there but busy, and whom to tell of it."""
 
-    def __init__(self, reason: str, remedy: str) -> None:
+    busy_s: float
+    say: Callable[[str], None]
+
+
+class UnreachableError(Exception):
+    """The enforcer gives no usable answer; `remedy` is what helps. `busy`: it is there."""
+
+    def __init__(self, reason: str, remedy: str, *, busy: bool = False) -> None:
         super().__init__(f"{reason}; {remedy}")
         self.reason = reason
         self.remedy = remedy
+        self.busy = busy
 
 
-def ask(run_dir: Path, request: messages.Request, expected: type[R], timeout_s: float) -> R:
+def ask(
+    run_dir: Path,
+    request: messages.Request,
+    expected: type[R],
+    timeout_s: float,
+    patience: Patience | None = None,
+) -> R:
     """Return the answer to `request`; raises UnreachableError.
 
     Each question has a connection of its own, so that no late answer is taken for a fresh one.
     """
     client = Client(run_dir)
     try:
-        reply = client.request(request, timeout_s)
-    except TransportError as error:
-        raise _why_unanswered(run_dir, timeout_s) from error
+        reply = _answer(client, run_dir, request, timeout_s, patience)
     except msgspec.DecodeError as error:
         raise _foreign(str(error)) from error
     finally:
@@ -46,6 +61,30 @@ def ask(run_dir: Path, request: messages.Request, expected: type[R], timeout_s: 
     if not isinstance(reply, expected):
         raise _foreign(f"a {type(reply).__name__}")
     return reply
+
+
+def _answer(
+    client: Client,
+    run_dir: Path,
+    request: messages.Request,
+    timeout_s: float,
+    patience: Patience | None,
+) -> messages.Reply:
+    """Ask, and where the enforcer is there but does not answer, ask once more and wait longer."""
+    try:
+        return client.request(request, timeout_s)
+    except TransportError as error:
+        why = _why_unanswered(run_dir, timeout_s)
+        if not why.busy or patience is None:
+            raise why from error
+    patience.say(
+        "the enforcer is there but busy: it may be opening NVML, which takes half a minute where "
+        f"persistence mode is off; waiting {patience.busy_s:g} s more"
+    )
+    try:
+        return client.request(request, patience.busy_s)
+    except TransportError as error:
+        raise _why_unanswered(run_dir, timeout_s + patience.busy_s) from error
 
 
 def listener_pid(run_dir: Path) -> int:
@@ -84,6 +123,7 @@ def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
         return UnreachableError(
             f"{path} is open but gave no answer within {timeout_s:g} s",
             "the enforcer is busy or hangs: try a longer --timeout, look at its log, restart it",
+            busy=True,
         )
     uid = os.geteuid()
     return UnreachableError(

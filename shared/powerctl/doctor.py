@@ -6,17 +6,19 @@ from pathlib import Path
 
 from shared import messages
 from shared.powerctl import node_checks, reply_checks
-from shared.powerctl.ask import UnreachableError, ask, listener_pid
+from shared.powerctl.ask import Patience, UnreachableError, ask, listener_pid
 from shared.powerctl.check import Check, fail
 from shared.powerctl.tables import Paint, escape, plain
 
 
-def examine(run_dir: Path, timeout_s: float, proc: Path) -> tuple[list[Check], bool]:
+def examine(
+    run_dir: Path, timeout_s: float, proc: Path, patience: Patience | None = None
+) -> tuple[list[Check], bool]:
     """Return every check's outcome and whether the enforcer answered."""
     checks = [node_checks.directory(run_dir), *node_checks.sockets(run_dir)]
     began = time.monotonic()
     try:
-        reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s)
+        reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)
     except UnreachableError as error:
         checks += [fail("enforcer", error.reason, error.remedy), node_checks.cgroup_version(proc)]
         return checks, False
@@ -33,6 +35,7 @@ def examine(run_dir: Path, timeout_s: float, proc: Path) -> tuple[list[Check], b
         node_checks.host_pids(proc, listener, reply.enforcer.pid),
         node_checks.cgroup_version(proc),
         node_checks.ledger(reply, proc, listener, as_root=os.geteuid() == 0),
+        node_checks.nodes(proc, listener),
         *reply_checks.from_reply(reply, node_checks.sys_admin(proc, listener)),
     ]
     return checks, True

@@ -15,7 +15,7 @@ import msgspec
 from shared import messages
 from shared.client import Subscriber
 from shared.powerctl import tables
-from shared.powerctl.ask import UnreachableError, ask
+from shared.powerctl.ask import Patience, UnreachableError, ask
 
 _REFRESH_S = 1.0
 _SLICE_S = 0.25  # how soon a closed pipe is noticed while nothing happens
@@ -38,18 +38,21 @@ def screen() -> Iterator[None]:
         sys.stdout.flush()
 
 
-def top(run_dir: Path, timeout_s: float, paint: tables.Paint) -> None:
+def top(run_dir: Path, timeout_s: float, busy_s: float, paint: tables.Paint) -> None:
     """Show the status, refreshed each second, until interrupted; goes on without the enforcer."""
+    patience = Patience(busy_s, lambda text: _draw([tables.escape(text)])) if busy_s else None
     with screen():
         while True:
             began = time.monotonic()
-            _draw(_frame(run_dir, timeout_s, paint))
+            _draw(_frame(run_dir, timeout_s, patience, paint))
             time.sleep(max(0.0, _REFRESH_S - (time.monotonic() - began)))
 
 
-def _frame(run_dir: Path, timeout_s: float, paint: tables.Paint) -> list[str]:
+def _frame(
+    run_dir: Path, timeout_s: float, patience: Patience | None, paint: tables.Paint
+) -> list[str]:
     try:
-        reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s)
+        reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)
     except UnreachableError as error:
         return [
             paint("enforcer not reachable", "fail"),

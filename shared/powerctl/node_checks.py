@@ -1,12 +1,14 @@
-"""The doctor's checks of what can be seen from here: directory, sockets, pids, cgroups, ledger."""
+"""The doctor's checks of what can be seen from here: directory, sockets, pids, nodes, ledger."""
 
 import json
+import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from shared import messages
+from shared.nodes import CAP_DAC_OVERRIDE, DENIED, DEV, LOST, described, device_nodes, lets_in
 from shared.powerctl.check import LOG, WAITS, Check, fail, warn
 from shared.sockets import PULSE_OLDEST_S, control_path, events_path, pulse_path
 
@@ -99,8 +101,40 @@ def host_pids(proc: Path, listener: int, enforcer: int) -> Check:
 
 def sys_admin(proc: Path, listener: int) -> bool | None:
     """Tell whether the enforcer holds CAP_SYS_ADMIN; None where it cannot be seen from here."""
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", _read(proc / str(listener) / "status"), re.M)
-    return bool(int(found[1], 16) >> _CAP_SYS_ADMIN & 1) if listener and found else None
+    return _holds(_CAP_SYS_ADMIN, _read(proc / str(listener) / "status")) if listener else None
+
+
+def _holds(capability: int, status: str) -> bool | None:
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.M)
+    return bool(int(found[1], 16) >> capability & 1) if found else None
+
+
+def nodes(proc: Path, listener: int, dev: Path = DEV) -> Check:
+    """Check that the enforcer may open the driver's device nodes, by their modes.
+
+    Where this program has that file system for its own, it also sees what a mode does not tell.
+    """
+    name, status = "device nodes", _read(proc / str(listener) / "status")
+    inside = proc / str(listener) / "root" / dev.relative_to(dev.anchor)
+    known = device_nodes(inside) if listener else []
+    uid = re.search(r"^Uid:\s*\d+\s+(\d+)", status, re.M)
+    groups = re.findall(r"\d+", "".join(re.findall(r"^(?:Gid|Groups):(.*)$", status, re.M)))
+    if not known or uid is None:
+        return Check(name=name, seen="no /dev/nvidia* of the enforcer's can be seen from here")
+    for node in known:
+        found, shown = node.stat(), dev / node.name
+        by_mode = lets_in(found, int(uid[1]), {int(group) for group in groups})
+        if not by_mode and not _holds(CAP_DAC_OVERRIDE, status):
+            return fail(name, described(shown, found), DENIED)
+        if _is_refused(shown, proc):
+            return fail(name, f"{described(shown, found)} may not be opened from here", LOST)
+    return Check(name=name, seen=f"{len(known)} of them, and the enforcer may open them")
+
+
+def _is_refused(node: Path, proc: Path) -> bool:
+    """Tell whether not even one whom no mode keeps out may open it: its devices are taken away."""
+    any_mode = _holds(CAP_DAC_OVERRIDE, _read(proc / "self/status"))
+    return bool(any_mode) and node.exists() and not os.access(node, os.R_OK | os.W_OK)
 
 
 def _first_process(proc: Path) -> tuple[str, str]:

@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 
 from shared import messages
+from shared.nodes import LOST
 from shared.powerctl.check import LOG, Check, fail, warn
 from shared.powerctl.tables import cgroup_lines, duration, gpu_label, watts
 
 _SAMPLES = 5
+_XID = "nvidia-smi and dmesg (Xid) on the node"
 
 
 def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> list[Check]:
@@ -19,6 +21,7 @@ def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> li
         cgroup_driver(reply),
         *owners(reply),
         *gpus(reply),
+        persistence(reply),
         dry_run(reply.enforcer),
         denied(reply.counters),
     ]
@@ -35,7 +38,11 @@ def nvml(enforcer: messages.EnforcerStatus) -> Check:
         return fail(name, seen, remedy + " (runtimeClassName: nvidia, or a driver mount)")
     if "VERSION_MISMATCH" in enforcer.nvml_message:
         return fail(name, seen, "the driver was upgraded: restart the enforcer's container")
-    return fail(name, seen, "nvidia-smi and dmesg (Xid) on the node")
+    if "NO_PERMISSION" in enforcer.nvml_message:
+        return fail(name, seen, "`device nodes`, above, tells modes from what else may refuse it")
+    if "UNKNOWN" in enforcer.nvml_message:
+        return fail(name, seen, f"if it has worked before, {LOST}; else {_XID}")
+    return fail(name, seen, _XID)
 
 
 def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:
@@ -118,7 +125,7 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
     """Check each GPU's state, and that what was set is what holds."""
     wrong = [gpu for gpu in reply.gpus if gpu.state in ("held", "failed", "lost")]
     for gpu in wrong:
-        remedy = "nvidia-smi and dmesg (Xid) on the node" if gpu.state == "lost" else LOG
+        remedy = _XID if gpu.state == "lost" else LOG
         yield fail(f"GPU {gpu_label(gpu)}", f"{gpu.state}: {gpu.reason}", remedy)
     if not wrong:
         yield Check(name="GPUs", seen=f"{len(reply.gpus)} known, none failed, lost or held")
@@ -131,6 +138,21 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
                 "a stronger limiter acts (thermal, power supply, out-of-band): nvidia-smi -q -d "
                 "POWER,PERFORMANCE and the BMC's settings",
             )
+
+
+def persistence(reply: messages.StatusReply) -> Check:
+    """Warn where the driver forgets limits as soon as nobody uses a GPU."""
+    name = "persistence mode"
+    off = [gpu_label(gpu) for gpu in reply.gpus if gpu.persistence is False]
+    if off:
+        remedy = (
+            "nvidia-smi -pm 1 on the node, or nvidia-persistenced: without it a limit is forgotten "
+            "when the last program that has the GPU open ends (also when this agent restarts), and "
+            "opening NVML takes up to half a minute, in which the enforcer answers nobody"
+        )
+        return warn(name, f"off on GPU {', '.join(off)}", remedy)
+    known = [gpu for gpu in reply.gpus if gpu.persistence]
+    return Check(name=name, seen=f"on for {len(known)} of {len(reply.gpus)} GPUs, off for none")
 
 
 def dry_run(enforcer: messages.EnforcerStatus) -> Check:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from enforcer.device import Board, DeviceError, Facts, Listing, Reading
 from enforcer.policy import Stranger
@@ -12,6 +12,7 @@ H100 = Facts("H100", 700_000, 200_000, 700_000)
 ABSENT = ("DRIVER_NOT_LOADED", "LIBRARY_NOT_FOUND")
 LACKING = ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND")
 STALE = ("GPU_IS_LOST", "UNINITIALIZED")
+CUT_OFF = ("UNKNOWN", "LIB_RM_VERSION_MISMATCH")
 
 
 class Killed(BaseException):
@@ -40,6 +41,7 @@ def error(call: str, name: str) -> DeviceError:
     made.absent = name in ABSENT
     made.lacking = name in LACKING
     made.stale = name in STALE
+    made.cut_off = name in CUT_OFF
     return made
 
 
@@ -56,6 +58,12 @@ class FakeGpu:
     faults: dict[str, str] = field(default_factory=dict)
     ignores_sets: bool = False
     there: bool = True
+    # Without it the limit is forgotten when nobody has the GPU open; None: it does not tell.
+    persistence: bool | None = None
+
+    def sleeps(self) -> bool:
+        """Whether the driver lets it go when NVML is closed."""
+        return self.persistence is False and not self.pids
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,10 @@ class FakeDevice:
         self.clock = clock
         self.driver_version: str | None = None
         self.faults: dict[str, str] = {}
+        # What opening says in this container; another one has its devices again.
+        self.cut_off: str | None = None
         self.open_costs_s = 1.0
+        self.cold_open_costs_s = 30.0
         self.opens: list[float] = []
         self.is_open = False
         self.sets: list[Set] = []
@@ -102,9 +113,10 @@ class FakeDevice:
     def open(self) -> None:
         assert not self.is_open, "opened twice"
         self.opens.append(self.clock.time_s)
-        self.clock.rest(self.open_costs_s)
-        if "open" in self.faults:
-            raise error("nvmlInit", self.faults["open"])
+        cold = any(gpu.sleeps() for gpu in self.gpus.values())
+        self.clock.rest(self.cold_open_costs_s if cold else self.open_costs_s)
+        if name := self.faults.get("open", self.cut_off):
+            raise error("nvmlInit", name)
         self._session += 1
         self.is_open = True
         self.driver_version = "570.1"
@@ -113,6 +125,9 @@ class FakeDevice:
 
     def close(self) -> None:
         self.is_open = False
+        for gpu in self.gpus.values():
+            if gpu.sleeps() and gpu.facts.default_mw is not None:
+                gpu.limit_mw = gpu.facts.default_mw
 
     def boards(self) -> Listing:
         if "count" in self.faults:
@@ -129,6 +144,7 @@ class FakeDevice:
                 facts = Facts(name=gpu.facts.name)
                 if fault not in LACKING:
                     faults.append(f"GPU {index}: facts: {fault}")
+            facts = replace(facts, persistence=gpu.persistence)
             boards.append(Board(uuid, index, (self._session, uuid), facts))
         return Listing(tuple(boards), tuple(faults))
 

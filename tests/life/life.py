@@ -89,6 +89,8 @@ class Life:
         self.last: m.Snapshot | None = None
         # When this enforcer last heard the watcher.
         self.heard_s: float | None = None
+        # Why the enforcer ended by itself, each time; the kubelet makes a new container.
+        self.ends: list[str] = []
         self.start()
 
     # -- the enforcer --
@@ -132,9 +134,18 @@ class Life:
         turns, began_s = self.server.turns, self.clock.time_s
         self.server.until_s = end_s
         while self.clock.time_s < end_s:
-            self.agent.turn()
+            self._turn()
         span_s = self.clock.time_s - began_s
         assert self.server.turns - turns <= MOST_TURNS_PER_S * (span_s + 1), "a busy loop"
+
+    def _turn(self) -> None:
+        self.agent.turn()
+        if why := self.agent.hopeless:
+            asked = list(self.server.waiting)
+            self.ends.append(why)
+            self.device.cut_off = None
+            self.kill()
+            self.server.waiting = asked
 
     # -- asking --
 
@@ -148,7 +159,7 @@ class Life:
         self.server.until_s = deadline_s
         while len(self.server.replies) == before:
             assert self.clock.time_s < deadline_s, "no answer"
-            self.agent.turn()
+            self._turn()
         return self.server.replies[-1]
 
     def snapshot(

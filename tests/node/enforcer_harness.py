@@ -98,6 +98,7 @@ class EnforcerNode:
         self.process: subprocess.Popen[bytes] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._log, self._errors = self.folder / "log", self.folder / "errors"
+        self.wrapped_in: list[str] = []  # a command that ends by executing its arguments
         self.output: int | None = None  # standard output from the next start on, not the log
         self._client: Client | None = None
         self._sent: m.Snapshot | None = None
@@ -125,7 +126,7 @@ class EnforcerNode:
         environment |= named(settings)
         with self._log.open("ab") as log, self._errors.open("ab") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "enforcer"],
+                [*self.wrapped_in, sys.executable, "-m", "enforcer"],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=log if self.output is None else self.output,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from shared.sockets import control_path
 from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
 from tests.simnode.programs import descriptors_of
 
@@ -69,6 +72,49 @@ def test_i7_no_new_privileges_and_no_core_dumps() -> None:
         limits = Path(f"/proc/{node.pid}/limits").read_text()
         assert re.search(r"Max core file size +0 +0 ", limits)
         assert re.search(r"Max data size +\d+ +\d+ ", limits)
+
+
+def with_ulimit(node: EnforcerNode, command: str) -> None:
+    """Start its enforcers behind that, and without the power to raise a hard limit again."""
+    drop = "setpriv --bounding-set -sys_resource --inh-caps -sys_resource"
+    keep = drop if os.geteuid() == 0 else ""
+    node.wrapped_in = ["sh", "-c", f'{command} && exec {keep} "$@"', "sh"]
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        pytest.param("ulimit -S -n 256", 4608, id="raised"),
+        pytest.param("true", 4608, id="as it comes"),
+        pytest.param("ulimit -n 4096", 4096, id="a lower hard limit"),
+        pytest.param("ulimit -n 128", 128, id="very few"),
+    ],
+)
+def test_as_many_files_as_it_needs_may_be_open(command: str, files: int) -> None:
+    """Both limits: NVML's RPC client allocates and touches 52 bytes for each that might be."""
+    with EnforcerNode() as node:
+        with_ulimit(node, command)
+        node.start()
+        limits = Path(f"/proc/{node.pid}/limits").read_text()
+        found = re.search(r"Max open files +(\d+) +(\d+) ", limits)
+        assert found
+        assert [int(number) for number in found.groups()] == [files, files]
+        said = node.logs("few_files")
+        assert len(said) == (files < 4608)
+        assert all(str(files) in line["why"] and "LimitNOFILE" in line["why"] for line in said)
+
+
+def test_where_few_files_may_be_open_it_takes_few_connections_and_lives() -> None:
+    """libzmq ends the process where accept finds no descriptor."""
+    with EnforcerNode() as node, contextlib.ExitStack() as idle:
+        with_ulimit(node, "ulimit -n 128")
+        node.start()
+        for _ in range(30):
+            sock = idle.enter_context(socket.socket(socket.AF_UNIX))
+            with contextlib.suppress(OSError):  # dropped with the others, or too soon after that
+                sock.connect(str(control_path(node.run_dir)))
+        assert node.status().counters.denied > 0
+        assert len(descriptors_of(node.pid)) < 64
 
 
 def test_i7_no_internet_socket_no_child_and_only_the_documented_files() -> None:

@@ -211,6 +211,15 @@ class SimGpu:
     def power_mw(self, value: int) -> None:
         _write(self.folder / "power_mw", value)
 
+    @property
+    def persistence(self) -> bool:
+        """Persistence mode; without it the limit is forgotten when nobody has the GPU open."""
+        return _read_number(self.folder / "persistence") == 1
+
+    @persistence.setter
+    def persistence(self, value: bool) -> None:
+        _write(self.folder / "persistence", int(value))
+
     # -- processes --
 
     def add_process(self, pid: int, kind: Kind = "compute") -> None:
@@ -463,6 +472,15 @@ class SimGpus:
     @set_delay_us.setter
     def set_delay_us(self, value: int) -> None:
         _write(self.directory / "set_delay_us", value)
+
+    @property
+    def cold_init_ms(self) -> int:
+        """How long nvmlInit takes where a GPU without persistence mode is not in use (to 30 s)."""
+        return int(_read(self.directory / "cold_init_ms") or 0)
+
+    @cold_init_ms.setter
+    def cold_init_ms(self, value: int) -> None:
+        _write(self.directory / "cold_init_ms", value)
 
     def fault(
         self,

@@ -16,6 +16,7 @@ BUS = frozenset({"0000:0f:00.0 nvidia", "0000:17:00.0 nvidia"})
 IDLE = View(needed=False, missing=False, used=False)
 NEEDED = View(needed=True, missing=False, used=True)
 MISSING = View(needed=True, missing=True, used=True)
+WAITING = View(needed=True, missing=False, used=False)
 UNUSED = View(needed=True, missing=True, used=False)
 
 
@@ -49,6 +50,8 @@ TABLE: dict[str, tuple[Driver, View, Step]] = {
     "missing, another one used": (session(age_s=9999, again=WAITS), MISSING, Step.KEEP),
     "missing, none used, old": (session(age_s=600), UNUSED, Step.OPEN),
     "missing, none used, young": (session(age_s=599, again=WAITS), UNUSED, Step.KEEP),
+    "a fault, none used, old": (session(age_s=600, faults=("x",)), WAITING, Step.OPEN),
+    "a fault, another used": (session(age_s=9999, faults=("x",), again=OVER), NEEDED, Step.LIST),
     "missing, asked again in the session": (session(again=OVER), MISSING, Step.LIST),
     "a fault, its wait over": (session(faults=("GPU 1: x",), again=OVER), NEEDED, Step.LIST),
     "a fault, its wait not over": (session(faults=("GPU 1: x",), again=WAITS), NEEDED, Step.KEEP),
@@ -107,6 +110,31 @@ def test_what_goes_and_comes_back_is_a_reason_too() -> None:
 def test_a_bus_that_can_be_read_for_the_first_time_is_no_news() -> None:
     blind = Open(1, NOW, (), FRESH, None, None)
     assert d.on_the_bus(blind, BUS, NOW).search is None
+
+
+@pytest.mark.parametrize(
+    ("tries", "hopeless"),
+    [
+        pytest.param([(0, True), (179, True)], False, id="not yet"),
+        pytest.param([(0, True), (180, True)], True, id="three minutes of them"),
+        pytest.param([(0, False), (180, True)], False, id="another error before"),
+        pytest.param([(0, True), (90, False), (180, True)], False, id="another in between"),
+        pytest.param([(0, True), (180, False)], False, id="another at last"),
+    ],
+)
+def test_it_is_hopeless_where_every_try_says_so(
+    tries: list[tuple[float, bool]], hopeless: bool
+) -> None:
+    driver: Driver = session()
+    for after_s, cut_off in tries:
+        now_s = NOW + after_s
+        driver = d.refused(driver, "x", absent=False, now_s=now_s, cut_off=cut_off)
+    assert d.is_hopeless(driver) == hopeless
+
+
+@pytest.mark.parametrize("driver", [Shut(), session(age_s=9999), Refused("x", False, OVER)])
+def test_nothing_is_hopeless_while_a_session_is_open_or_none_is_missed(driver: Driver) -> None:
+    assert not d.is_hopeless(driver)
 
 
 def test_refusals_in_a_row_wait_ever_longer() -> None:

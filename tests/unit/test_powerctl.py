@@ -304,6 +304,29 @@ def test_exit_3_where_the_enforcer_does_not_answer(run_dir: Path) -> None:
     assert "restart it" in done.stderr
 
 
+def test_an_enforcer_that_is_there_but_busy_is_waited_for(run_dir: Path) -> None:
+    """It answers nobody while it opens NVML. Ping is for probes: it says no after two seconds."""
+
+    def busy(request: Request) -> Reply | None:
+        opened.wait(4)
+        return answering(reply())(request)
+
+    opened = threading.Event()
+    with responding(run_dir, busy):
+        asked = powerctl("ping", "--socket", run_dir)
+        assert (asked.returncode, "within 2 s" in asked.stderr) == (3, True)
+        done = powerctl("status", "--socket", run_dir)
+        opened.set()
+    assert done.returncode == 0
+    assert "team-a/train" in done.stdout
+    assert "the enforcer is there but busy" in done.stderr
+
+
+def test_where_nobody_is_there_it_is_said_at_once(run_dir: Path) -> None:
+    """It would be no use to wait as for one that is busy."""
+    assert powerctl("status", "--socket", run_dir).returncode == 3
+
+
 def test_exit_3_where_a_listener_does_not_even_greet(run_dir: Path) -> None:
     run_dir.mkdir()
     with socket.socket(socket.AF_UNIX) as stopped:

@@ -257,6 +257,47 @@ def test_driver_comes_and_goes(sim: SimGpus, client: Callable[[], Client]) -> No
     assert [record.result for record in sim.inits()] == [DRIVER_NOT_LOADED, 18, 0]
 
 
+def test_without_persistence_mode_the_last_client_takes_the_limit_along(
+    sim: SimGpus, client: Callable[[], Client], sleeper: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    for number in (0, 1):
+        sim[number].persistence = False
+    worker = sleeper()
+    sim[1].add_process(worker.pid)
+    first, second = client().opened(), client().opened()
+    for number in range(3):
+        first("nvmlDeviceSetPowerManagementLimit", first.device(number), 300_000)
+    first("nvmlShutdown")
+    assert [gpu.limit_mw for gpu in sim] == [300_000] * 3, "another one still has it open"
+    second("nvmlShutdown")
+    assert [gpu.limit_mw for gpu in sim] == [700_000, 300_000, 300_000]
+    worker.kill()
+    worker.wait()
+    first("nvmlInit")
+    assert [gpu.limit_mw for gpu in sim] == [700_000, 700_000, 300_000]
+    # Killed clients close nothing themselves; the next init sees that they are gone.
+    first("nvmlDeviceSetPowerManagementLimit", first.device(), 300_000)
+    first.end()
+    second("nvmlInit")
+    assert [gpu.limit_mw for gpu in sim] == [700_000, 700_000, 300_000]
+
+
+def test_without_persistence_mode_the_first_init_takes_long(
+    sim: SimGpus, client: Callable[[], Client]
+) -> None:
+    sim.cold_init_ms = 300
+
+    def init_s() -> float:
+        nvml, began = client(), time.monotonic()
+        nvml("nvmlInit")
+        return time.monotonic() - began
+
+    sim[0].persistence = False
+    assert init_s() >= 0.3
+    sim.cold_init_ms = 60_000
+    assert init_s() < 60, "the driver is awake: another one has it open"
+
+
 def test_who_has_nvml_open_is_known(sim: SimGpus, client: Callable[[], Client]) -> None:
     first, second = client(), client()
     first.opened()

@@ -28,6 +28,8 @@ from tests.waiting import NotInTimeError, ended, gone, until
 ROOT = Path(__file__).resolve().parents[2]
 AS_ROOT = os.geteuid() == 0
 Scenario = Callable[[Path], None]
+TICK_S = 5  # supervisord's TICK_5
+LONGEST_OPENING_S = 30  # of NVML, where persistence mode is off: the enforcer answers nobody
 WATCHER_UID = 12345  # without a passwd entry on purpose
 
 # Says who and what it is; the enforcer also answers pings as the real one does.
@@ -35,7 +37,7 @@ STAND_IN = """\
 #!/bin/sh
 '''exec' "{python}" "$0" "$@"  # for sh; to Python it is a string (a path may hold a space)
 ' '''
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 program = sys.argv[-1]
 def leave(*_):
     try:
@@ -55,7 +57,12 @@ if program == "watcher":
         signal.pause()
 from shared import messages
 from enforcer.server import Server
+began = time.monotonic()
 server = Server(pathlib.Path(os.environ["POWER_AGENT_RUN_DIR"]), [os.getuid()])
+if (pathlib.Path({home!r}) / "enforcer.gives-up").exists():
+    while time.monotonic() < began + 4:  # longer than startsecs
+        server.receive(0.1)
+    sys.exit(1)
 while True:
     for request in server.receive(1):
         server.reply(request, messages.Pong(version="stand-in", uptime_s=1.0))
@@ -231,7 +238,9 @@ def a_program_that_fails_at_start_is_tried_again(home: Path) -> None:
 
 
 def an_enforcer_that_hangs_is_restarted(home: Path) -> None:
-    """It lives and is stopped: only the unanswered pings tell."""
+    """It lives and is stopped: only the unanswered pings tell. A minute of them, less here."""
+    watchdog = home / "deploy/supervised/watchdog.py"
+    watchdog.write_text(watchdog.read_text().replace("\nUNANSWERED = 12\n", "\nUNANSWERED = 3\n"))
     with running(home) as supervised:
         supervised.wait_for_starts("watcher", 1)
         until(lambda: supervised.said("enforcer", "answered"), "a ping")
@@ -254,6 +263,17 @@ def a_program_beyond_saving_ends_supervisord(home: Path) -> None:
         assert [line["program"] for line in supervised.said("watchdog", "beyond_saving")] == [
             "enforcer"
         ]
+        assert supervised.said("watcher", "stopped")
+        assert gone(watcher)
+
+
+def an_enforcer_that_gives_up_ends_supervisord(home: Path) -> None:
+    """It ended with status 1, minutes after its start: only a new container helps."""
+    (home / "enforcer.gives-up").touch()
+    with running(home) as supervised:
+        watcher = supervised.wait_for_starts("watcher", 1)
+        ended(supervised.process)
+        assert supervised.said("watchdog", "beyond_saving")
         assert supervised.said("watcher", "stopped")
         assert gone(watcher)
 
@@ -290,6 +310,7 @@ SCENARIOS: list[Scenario] = [
     a_program_that_fails_at_start_is_tried_again,
     an_enforcer_that_hangs_is_restarted,
     a_program_beyond_saving_ends_supervisord,
+    an_enforcer_that_gives_up_ends_supervisord,
     sigterm_stops_both_and_leaves_nothing,
     a_killed_supervisord_takes_both_along,
 ]
@@ -376,10 +397,11 @@ def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) 
     ticks(50, answered=False)
     assert killed == [], "stopping, or not up yet"
     ticks(1, answered=True)
-    ticks(2, answered=False)
+    assert module.UNANSWERED * TICK_S > LONGEST_OPENING_S + 15
+    ticks(module.UNANSWERED - 1, answered=False)
     ticks(1, answered=True)
-    ticks(2, answered=False)
-    assert killed == [], "never three in a row"
+    ticks(module.UNANSWERED - 1, answered=False)
+    assert killed == [], "never a minute of them in a row"
     ticks(1, answered=False)
     assert killed == [4711]
 
@@ -388,7 +410,7 @@ def test_only_an_enforcer_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) 
     state("STARTING")
     ticking.answers = False
     state("RUNNING")
-    ticks(2, answered=False)
+    ticks(module.UNANSWERED - 1, answered=False)
     assert killed == [4711, 4711], "it answered before it counted as running"
 
 

@@ -15,10 +15,14 @@ NAME = "libsimclock.so"
 
 
 class WallClock:
-    """CLOCK_REALTIME, off by as much as it is told to be; every other clock runs as ever."""
+    """CLOCK_REALTIME, off by as much as it is told to be; every other clock runs as ever.
 
-    def __init__(self, folder: Path) -> None:
+    With `monotonic` CLOCK_MONOTONIC jumps too: time passes, and nobody has to wait for it.
+    """
+
+    def __init__(self, folder: Path, *, monotonic: bool = False) -> None:
         """Keep all in `folder`, which every user must be able to reach."""
+        self._monotonic = monotonic
         self._offset = folder / "offset"
         self.set(0)
         self._library = shutil.copy(native.build_library(SOURCES, NAME, BUILD) / NAME, folder)
@@ -27,7 +31,8 @@ class WallClock:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"LD_PRELOAD": str(self._library), "SIM_CLOCK": str(self._offset)}
+        every = {"SIM_CLOCK_ALL": "1"} if self._monotonic else {}
+        return {"LD_PRELOAD": str(self._library), "SIM_CLOCK": str(self._offset), **every}
 
     def set(self, offset_s: int) -> None:
         """Let the clock jump: programs that run see it at once."""

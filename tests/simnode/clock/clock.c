@@ -1,4 +1,5 @@
-/* Preloaded: the wall clock is off by the seconds that stand in the file named by SIM_CLOCK. */
+/* Preloaded: the wall clock is off by the seconds that stand in the file named by SIM_CLOCK; with
+ * SIM_CLOCK_ALL=1 the monotonic clock is, too: then so much time has passed. */
 
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -13,9 +14,11 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 static const volatile int64_t *offset_s;
+static int shifts_monotonic;
 
 __attribute__((constructor)) static void map_offset(void) {
     const char *path = getenv("SIM_CLOCK");
+    shifts_monotonic = getenv("SIM_CLOCK_ALL") != NULL;
     int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     if (file < 0)
         return;
@@ -27,7 +30,8 @@ __attribute__((constructor)) static void map_offset(void) {
 
 EXPORTED int clock_gettime(clockid_t clock, struct timespec *now) {
     int failed = (int)syscall(SYS_clock_gettime, clock, now);
-    if (!failed && offset_s && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+    int wall = clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE;
+    if (!failed && offset_s && (wall || (shifts_monotonic && clock == CLOCK_MONOTONIC)))
         now->tv_sec += *offset_s;
     return failed;
 }

@@ -149,7 +149,12 @@ static nvmlReturn_t first_open(void)
 {
     nvmlReturn_t result = state_open();
     if (result == NVML_SUCCESS)
+        result = open_node("nvidiactl");
+    if (result == NVML_SUCCESS)
         result = faults_take(".", "nvmlInit", false).error;
+    unsigned long long cold_ms;
+    if (result == NVML_SUCCESS && forget_limits() && read_number("cold_init_ms", &cold_ms))
+        sleep_us(cold_ms * 1000);
     return result;
 }
 
@@ -196,6 +201,7 @@ EXPORT nvmlReturn_t nvmlShutdown(void)
     log_init("shutdown", NVML_SUCCESS);
     if (--users == 0) {
         mark_open(false);
+        forget_limits();
         state_close();
     }
     return end(NVML_SUCCESS);
@@ -270,6 +276,12 @@ static nvmlReturn_t give_handle(const char *function, int slot, nvmlReturn_t abs
     if (gpu->lost)
         return NVML_ERROR_GPU_IS_LOST;
     nvmlReturn_t result = faults_take(gpu->dir, function, false).error;
+    char node[32];
+    unsigned minor;
+    if (result == NVML_SUCCESS && gpu_number(gpu, "minor", &minor)) {
+        snprintf(node, sizeof node, "nvidia%u", minor);
+        result = open_node(node);
+    }
     if (result == NVML_SUCCESS)
         *device = handle_of((unsigned)slot);
     return result;
@@ -557,7 +569,7 @@ EXPORT nvmlReturn_t nvmlDeviceSetPowerManagementLimit_v2(nvmlDevice_t device, po
 
 /* A process that has ended but was not reaped has closed its GPU already: kill(pid, 0) still finds
  * it, a pidfd is readable. */
-static bool lives(pid_t pid)
+bool lives(int pid)
 {
     if (kill(pid, 0) != 0 && errno == ESRCH)
         return false;

@@ -1,5 +1,5 @@
 /*
- * What the three files of the simulated NVML say to each other, and the layout of its state.
+ * What the files of the simulated NVML say to each other, and the layout of its state.
  *
  * All state is text below the folder that SIM_NVML_DIR names, one value a file, so that it outlives
  * every process (hardware remembers its limits) and a person can cat and echo it:
@@ -11,6 +11,7 @@
  *                   presence follow `order` at once
  *   allow_uids      uids that may set limits without CAP_SYS_ADMIN
  *   set_delay_us    how long a set takes
+ *   cold_init_ms    how long nvmlInit takes where a GPU without persistence mode is not in use
  *   faults          faults of every GPU and of nvmlInit (see faults.c)
  *   sets.log        a line per set: wall_ns monotonic_ns pid uuid requested_mw result
  *   inits.log       a line per nvmlInit and nvmlShutdown: wall_ns monotonic_ns pid what result
@@ -19,6 +20,12 @@
  *                   min_mw default_mw max_mw limit_mw power_mw enforced_cap_mw(optional) faults
  *                   compute graphics mps: a line per process: pid [memory [instance [compute]]]
  *                   keep_dead: while it exists, ended processes stay listed
+ *                   persistence: 0 means that the limit is forgotten when nobody has NVML open and
+ *                   no process is listed; seen when NVML is shut and when it is initialised
+ *
+ * SIM_NVML_DEV, where it is set, is the folder of the device nodes: nvidiactl is opened at nvmlInit,
+ * nvidia<minor> for a handle. Refused by mode (EACCES) is NO_PERMISSION; anything else, as the
+ * EPERM of a container that has lost its devices (or of a file with chattr +i), is UNKNOWN.
  *
  * power_mw is what the load would draw; a reading never exceeds the enforced limit.
  */
@@ -81,7 +88,14 @@ bool write_temporary(const char *folder, const char *name, const char *text);
 bool publish_temporary(const char *folder, const char *name);
 void append_line(const char *log, const char *rest); /* puts both clocks and the pid in front */
 void mark_open(bool open);
+unsigned long long start_time(int pid); /* in ticks since boot; 0: it has ended */
+nvmlReturn_t open_node(const char *name);
+int open_folder(const char *folder);    /* -1: cannot */
 void sleep_us(unsigned long long us);
+
+/* persistence.c */
+bool forget_limits(void); /* whether any GPU was cold; only while this process has nothing open */
+bool lives(int pid);      /* nvml.c: not if it has ended, reaped or not */
 
 /* faults.c: what a test has ordered to go wrong. */
 struct fault faults_take(const char *folder, const char *function, bool has_buffer);

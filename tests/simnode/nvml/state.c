@@ -82,11 +82,16 @@ bool gpu_number(const struct gpu *gpu, const char *name, unsigned *number)
     return true;
 }
 
+int open_folder(const char *folder)
+{
+    return openat(state.folder, folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
 /* Writers of a folder exclude each other by a lock on the folder itself: files are replaced by
  * rename, so a lock on a file would sit on an inode that is already gone. */
 int lock_folder(const char *folder)
 {
-    int fd = openat(state.folder, folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = open_folder(folder);
     if (fd < 0)
         return -1;
     while (flock(fd, LOCK_EX) != 0) {
@@ -150,11 +155,12 @@ void sleep_us(unsigned long long us)
 /* ---- who has NVML open ---- */
 
 /* Beside the pid, the start time: a marker left by a killed process never names its pid's heir. */
-static unsigned long long own_start_time(void)
+unsigned long long start_time(int pid)
 {
-    char text[1024];
+    char text[1024], path[MAX_PATH];
     unsigned long long ticks = 0;
-    if (!read_text("/proc/self/stat", text, sizeof text))
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    if (!read_text(path, text, sizeof text))
         return 0;
     char *field = strrchr(text, ')');
     for (int number = 3; field != NULL && number <= 22; number++)
@@ -175,8 +181,24 @@ void mark_open(bool open)
     int fd = openat(state.folder, path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0)
         return;
-    dprintf(fd, "%llu\n", own_start_time());
+    dprintf(fd, "%llu\n", start_time((int)getpid()));
     close(fd);
+}
+
+nvmlReturn_t open_node(const char *name)
+{
+    char path[MAX_PATH];
+    const char *dev = getenv("SIM_NVML_DEV");
+    if (dev == NULL)
+        return NVML_SUCCESS;
+    snprintf(path, sizeof path, "%.200s/%.64s", dev, name);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0 && errno == EACCES)
+        return NVML_ERROR_NO_PERMISSION;
+    if (fd < 0)
+        return errno == ENOENT ? NVML_ERROR_DRIVER_NOT_LOADED : NVML_ERROR_UNKNOWN;
+    close(fd);
+    return NVML_SUCCESS;
 }
 
 /* ---- driver and enumeration ---- */
