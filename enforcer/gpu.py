@@ -339,6 +339,7 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
         uuid=gpu.uuid,
         occupants=owners(gpu),
         newcomers=_newcomers(gpu.where),
+        why_unseen=gpu.where.sighting.why if gpu.where.sighting else "",
         limit_mw=gpu.limit_mw,
         default_mw=facts.default_mw,
         min_mw=facts.min_mw,

@@ -4,7 +4,8 @@ It knows nothing of pods, of the ledger and of when anything is due.
 """
 
 import contextlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pynvml
@@ -36,11 +37,26 @@ _LACKING = {"NOT_SUPPORTED", "FUNCTION_NOT_FOUND"}
 _STALE = {"UNINITIALIZED", "GPU_IS_LOST", "GPU_NOT_FOUND", "NOT_FOUND", "RESET_REQUIRED"}
 # The lists by version: where the library lacks one, nvidia-ml-py's unversioned functions raise
 # NVMLLibraryMismatchError, which is no NVMLError (pynvml.py, nvmlDeviceGet...RunningProcesses).
-_COMPUTE = pynvml.nvmlDeviceGetComputeRunningProcesses_v3
-_OPTIONAL_LISTS = (
-    pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
-    pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
+# Drivers below 510 have only the second of each pair; both have entries of the same layout.
+_COMPUTE = (
+    pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
+    pynvml.nvmlDeviceGetComputeRunningProcesses_v2,
 )
+_OPTIONAL_LISTS = (
+    (
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v2,
+    ),
+    (
+        pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
+        pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v2,
+    ),
+)
+# These write entries of 32 bytes for _v3 where 24 are read (nvidia-ml-py 12.535.77, nvitop #79), so
+# pids are other fields, and the processes at the end are missing.
+_MISREAD_FROM, _MISREAD_BELOW = (535, 43), (535, 98)
+_MISREAD = "its process lists cannot be read right; update the driver to 535.98 or later"
+_TOO_OLD = "no process list that can be read; update the driver to 510 or later"
 
 
 class NvmlError(DeviceError):
@@ -85,12 +101,14 @@ class Nvml:
     def __init__(self) -> None:
         """Prepare; NVML is not touched before `open`."""
         self.driver_version: str | None = None
+        self._misreads = False
 
     def open(self) -> None:
         """Initialise NVML."""
         _call(pynvml.nvmlInit)
         with contextlib.suppress(NvmlError):  # it is only shown
             self.driver_version = _call(pynvml.nvmlSystemGetDriverVersion)
+        self._misreads = _is_misread(self.driver_version or "")
 
     def close(self) -> None:
         """Let go of the driver."""
@@ -119,10 +137,18 @@ class Nvml:
         nvidia-ml-py fills a buffer for twice as many as there were; a list that has outgrown even
         that (INSUFFICIENT_SIZE) is not known until it is asked for again.
         """
-        found = {process.pid for process in _call(_COMPUTE, board.handle)}
-        for query in _OPTIONAL_LISTS:
+        version = self.driver_version or "unknown"
+        if self._misreads:
+            raise DeviceError("MISREAD", f"driver {version}: {_MISREAD}")
+        try:
+            found = _listed(_COMPUTE, board.handle)
+        except NvmlError as error:
+            if error.name == "FUNCTION_NOT_FOUND":
+                raise DeviceError(error.name, f"{error}; driver {version}: {_TOO_OLD}") from error
+            raise
+        for queries in _OPTIONAL_LISTS:
             try:
-                found |= {process.pid for process in _call(query, board.handle)}
+                found |= _listed(queries, board.handle)
             except NvmlError as error:
                 if not error.lacking:
                     raise
@@ -147,6 +173,26 @@ class Nvml:
             enforced_mw=_number(pynvml.nvmlDeviceGetEnforcedPowerLimit, board.handle),
             power_mw=_number(pynvml.nvmlDeviceGetPowerUsage, board.handle),
         )
+
+
+def _listed(queries: Iterable[Callable[..., Any]], handle: object) -> set[int]:
+    """Return the pids of the first list that the library has."""
+    *newer, oldest = queries
+    for query in newer:
+        try:
+            return {process.pid for process in _call(query, handle)}
+        except NvmlError as error:
+            if error.name != "FUNCTION_NOT_FOUND":
+                raise
+    return {process.pid for process in _call(oldest, handle)}
+
+
+def _is_misread(version: str) -> bool:
+    """Tell whether process lists of this driver cannot be read right."""
+    parts = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", version)
+    if parts is None:
+        return False
+    return _MISREAD_FROM <= (int(parts[1]), int(parts[2])) < _MISREAD_BELOW
 
 
 def _number(function: Callable[..., Any], handle: object) -> int | None:

@@ -53,6 +53,8 @@ class SeenGpu:
     max_mw: int | None
     # Whether one of them was never seen beside the pods that it is kept for.
     newcomers: bool = True
+    # Why the process list cannot be read.
+    why_unseen: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,8 @@ class _Case:
             why = "no snapshot of the watcher came yet"
             return self._hold(why) if self.owned else Decision("free", why)
         if self.gpu.occupants is None:
-            return self._hold("its process list cannot be read")
+            why = f": {self.gpu.why_unseen}" if self.gpu.why_unseen else ""
+            return self._hold(f"its process list cannot be read{why}")
         if self.owned and self.gpu.limit_mw is None:
             return self._hold("its limit cannot be read")
         if Stranger.UNKNOWN in self.gpu.occupants:

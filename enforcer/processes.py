@@ -14,6 +14,8 @@ from enforcer.sources import Occupant, Sighting
 class Reader(Protocol):
     """What `procfs.ProcessReader` offers."""
 
+    most_pid: int
+
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Tell whose process `pid` is; None where it has ended."""
 
@@ -38,9 +40,21 @@ class Processes:
             if error.stale:
                 raise
             return Sighting(None, str(error))
+        impossible = {pid for pid in pids if not 0 < pid <= self._reader.most_pid}
+        if impossible:
+            return Sighting(None, self._why_misread(min(impossible)))
         seen = []
         for pid in sorted(pids):
             owner, evidence = self._reader.owner(pid, asked_ticks)
             if owner is not None:
                 seen.append(Occupant(owner, pid, evidence))
         return Sighting(tuple(seen))
+
+    def _why_misread(self, pid: int) -> str:
+        """Return why a list is not believed that has a number which no process can have.
+
+        Its entries are larger than is read, so other processes are missing from it.
+        """
+        driver = self._device.driver_version or "unknown"
+        why = f"pid {pid} in a list of driver {driver} cannot be, so the list is not believed"
+        return f"{why}; update the driver"

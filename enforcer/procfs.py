@@ -16,6 +16,7 @@ _ENDED = (FileNotFoundError, ProcessLookupError)  # ENOENT on opening, ESRCH on 
 _PF_EXITING = 0x4  # linux/sched.h
 _THREADS = 64  # of a process whose first one exits
 _SHOWN_BYTES = 300
+_PID_MAX_LIMIT = 4 * 1024 * 1024  # include/linux/threads.h, with 64 bits
 
 
 def _read(path: str) -> bytes:
@@ -61,12 +62,21 @@ def now_ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
+def _most_pid(proc_root: Path) -> int:
+    """Return the largest pid that this kernel gives, the largest of any where it does not tell."""
+    try:
+        return int(_read(f"{proc_root}/sys/kernel/pid_max"))
+    except (OSError, ValueError):
+        return _PID_MAX_LIMIT
+
+
 class ProcessReader:
     """Tells whose process a pid is; believes nothing beyond one call."""
 
     def __init__(self, proc_root: Path, roots: Sequence[str]) -> None:
         self._proc = proc_root
         self.roots = tuple(roots)
+        self.most_pid = _most_pid(proc_root)
 
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Return the pod's uid or what else `pid` is, None if it ended, and the evidence.

@@ -32,14 +32,28 @@ def pods(
     `stances` have for each GPU's UUID how each annotated pod on it fares there.
     """
     shares: dict[str, list[Share]] = {}
+    gpus = list(gpus)
     for gpu in gpus:
         for uid, stance in stances[gpu.uuid].items():
             shares.setdefault(uid, []).append(Share(gpu, stance))
-    return [_pod(pod, shares.get(pod.uid, [])) for pod in asked]
+    unseen = _unseen(gpus)
+    return [_pod(pod, shares.get(pod.uid, []), unseen) for pod in asked]
 
 
-def _pod(asked: m.DesiredPod, mine: list[Share]) -> m.Pod:
+def _unseen(gpus: Iterable[m.Gpu]) -> str:
+    """Return the first GPU of which it is not known who runs on it, and why; empty without one."""
+    for gpu in gpus:
+        for process in gpu.processes:
+            if process.pid == 0:
+                name = gpu.uuid if gpu.index is None else gpu.index
+                return f"; the process list of GPU {name} cannot be read: {process.evidence}"
+    return ""
+
+
+def _pod(asked: m.DesiredPod, mine: list[Share], unseen: str) -> m.Pod:
     state, reason = _state(asked, mine)
+    if state == "waiting" and not mine:
+        reason += unseen
     limits_mw = [share.gpu.limit_mw for share in mine if share.gpu.limit_mw is not None]
     return m.Pod(
         uid=asked.uid,

@@ -328,4 +328,17 @@ def _enforced(changes: list[_Change], pods: list[messages.Pod]) -> list[float]:
 def _unfit(report: messages.Report | None) -> list[str]:
     if report is None:
         return ["enforcer: no report yet"]
-    return [] if report.nvml == "ok" else [f"nvml: {report.nvml}: {report.nvml_message}"]
+    unfit = [] if report.nvml == "ok" else [f"nvml: {report.nvml}: {report.nvml_message}"]
+    return unfit + _unseen(report)
+
+
+def _unseen(report: messages.Report) -> list[str]:
+    """Return the GPUs whose processes cannot be seen, where a pod waits that may be on them."""
+    if not any(pod.state == "waiting" and not pod.gpus for pod in report.pods):
+        return []
+    return [
+        f"processes: the list of GPU {gpu.index} cannot be read: {process.evidence}"
+        for gpu in report.gpus
+        for process in gpu.processes
+        if process.pid == 0
+    ]

@@ -196,6 +196,8 @@ class FakeBus:
 class FakeProc:
     """Whose process each pid is, as /proc would tell."""
 
+    most_pid = 4 * 1024 * 1024
+
     def __init__(self) -> None:
         self.owners: dict[int, str | Stranger] = {}
 

@@ -48,11 +48,11 @@ def until(condition: Callable[[], T], what: str) -> T:
 
 
 class MadeUpProcesses:
-    """Processes that are nothing but a cgroup's text, with pids that no kernel gives."""
+    """Processes that are nothing but a cgroup's text, with pids that a kernel gives last."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._next = 5_000_000
+        self._next = 4_000_000
         root.mkdir()
 
     def start(self, cgroup: str) -> int:

@@ -7,9 +7,11 @@ import pytest
 from shared import messages as m
 from tests.life.node import LifeNode as EnforcerNode
 from tests.life.node import pod_uid, until
+from tests.simnode.gpus import Kind
 
 A, B = pod_uid(1), pod_uid(2)
 GPU_IS_LOST, UNKNOWN, NOT_SUPPORTED, RESET_REQUIRED = 15, 999, 3, 16
+FUNCTION_NOT_FOUND = 13
 LISTS = "nvmlDeviceGetComputeRunningProcesses"
 
 
@@ -257,3 +259,109 @@ def test_i2_a_resting_gpu_that_does_not_tell_its_bounds_costs_no_ledger() -> Non
         assert node.logs("ledger") == []
         assert node.stop() == 0
         assert (node.limit(0), node.limit(1)) == (700, 700)
+
+
+# ---- process lists that cannot be right, or are not there ----
+
+
+@pytest.mark.parametrize("kind", ["Compute", "Graphics", "MPSCompute"])
+def test_a_list_with_entries_of_another_size_is_not_believed(kind: str) -> None:
+    """Of three entries two are read as pid 0 and a huge one: a pod would be unseen, in silence."""
+    name = f"nvmlDeviceGet{kind}RunningProcesses"
+    kinds: dict[str, Kind] = {"Compute": "compute", "Graphics": "graphics", "MPSCompute": "mps"}
+    with EnforcerNode() as node:
+        node.gpus.driver_present("550.127.08")  # it is not known for the fault, and has it
+        node.start()
+        pids = [node.run_pod(uid, kind=kinds[kind]) for uid in (A, B)]
+        node.snapshot({A: 300, B: 400})
+        node.wait_limit(300)
+        node.gpus[0].fault(name, wide=True)
+        gpu = node.wait_state("held")
+        assert "is not believed; update the driver" in gpu.reason
+        assert "550.127.08" in gpu.reason
+        for pid in pids:
+            node.end(pid)
+        node.looks()
+        assert node.limit() == 300
+
+
+@pytest.mark.parametrize(
+    ("version", "believed"),
+    [
+        ("535.42.01", True),
+        ("535.43.02", False),
+        ("535.54.03", False),
+        ("535.86.10", False),
+        ("535.98", True),
+        ("535.104.05", True),
+        ("53.54", True),
+        ("5354.3", True),
+    ],
+)
+def test_a_driver_known_for_such_lists_is_not_believed_at_all(version: str, believed: bool) -> None:
+    with EnforcerNode() as node:
+        node.gpus.driver_present(version)
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.looks()
+        assert node.limit() == (300 if believed else 700)
+        if not believed:
+            assert version in node.pod(A).reason
+            assert "535.98 or later" in node.pod(A).reason
+            assert node.pod(A).state == "waiting"
+
+
+def without(node: EnforcerNode, *versions: str) -> None:
+    for kind in ("Compute", "Graphics", "MPSCompute"):
+        for version in versions:
+            name = f"=nvmlDeviceGet{kind}RunningProcesses{version}"
+            node.gpus[0].fault(name, error=FUNCTION_NOT_FOUND)
+
+
+def test_a_driver_below_510_has_an_older_list_that_is_used() -> None:
+    with EnforcerNode() as node:
+        without(node, "_v3")
+        node.start()
+        node.run_pod(A)
+        node.run_pod(B, kind="graphics")
+        node.snapshot({A: 300, B: 250})
+        assert node.limit() == 250
+
+
+def test_a_driver_without_any_list_is_named_with_what_it_takes() -> None:
+    with EnforcerNode() as node:
+        without(node, "_v3", "_v2")
+        node.gpus.driver_present("418.226.00")
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.looks()
+        assert node.limit() == 700
+        for reason in (node.gpu().reason, node.pod(A).reason):
+            assert "driver 418.226.00" in reason
+            assert "510 or later" in reason
+
+
+@pytest.mark.parametrize("pid", [0, 4_194_305, 4_294_967_295])
+def test_a_pid_that_no_kernel_gives_makes_its_list_unknown(pid: int) -> None:
+    with EnforcerNode() as node:
+        node.start()
+        worker = node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus[0].add_process(pid)
+        assert f"pid {pid} in a list" in node.wait_state("held").reason
+        node.end(worker)
+        node.snapshot({})
+        node.looks()
+        assert node.limit() == 300
+
+
+def test_the_kernels_own_bound_is_read() -> None:
+    with EnforcerNode() as node:
+        (node.work.root / "sys/kernel").mkdir(parents=True)
+        (node.work.root / "sys/kernel/pid_max").write_text("32768\n")
+        node.start()
+        node.gpus[0].add_process(32_769)
+        node.snapshot({A: 300})
+        assert "pid 32769 in a list" in node.wait_state("held").reason

@@ -92,11 +92,13 @@ def _add_fault(
     count: int | None,
     delay_ms: float | None,
     ignore: bool,
+    wide: bool = False,
     grow: int | None,
 ) -> None:
     values = {"error": error, "delay_ms": delay_ms, "grow": grow, "count": count}
     words = [function, *(f"{key}={value}" for key, value in values.items() if value is not None)]
-    line = " ".join([*words, "ignore"] if ignore else words)
+    words += [word for word, is_on in (("ignore", ignore), ("wide", wide)) if is_on]
+    line = " ".join(words)
     with _locked(folder):
         lines = [*(_read(folder / "faults") or "").splitlines(), line]
         _replace(folder / "faults", "\n".join(lines) + "\n")
@@ -265,6 +267,7 @@ class SimGpu:
         count: int | None = None,
         delay_ms: float | None = None,
         ignore: bool = False,
+        wide: bool = False,
         grow: int | None = None,
     ) -> None:
         """Order a fault of this GPU; faults.c explains the words."""
@@ -275,6 +278,7 @@ class SimGpu:
             count=count,
             delay_ms=delay_ms,
             ignore=ignore,
+            wide=wide,
             grow=grow,
         )
 

@@ -739,3 +739,31 @@ def test_run_ends_when_told(subject: Subject) -> None:
     stop = threading.Event()
     stop.set()
     subject.publisher.run(stop)
+
+
+@pytest.mark.parametrize(("state", "ready"), [("waiting", False), ("enforced", True)])
+def test_a_pod_that_waits_on_a_gpu_whose_processes_cannot_be_seen_is_not_ready(
+    subject: Subject, state: m.PodState, ready: bool
+) -> None:
+    """Where nobody waits, one unreadable list of eight is no reason to call the node unready."""
+    sent = subject.settle(pod("a", "300"))
+    unread = m.Process(pid=0, owner="unknown", evidence="FUNCTION_NOT_FOUND; update the driver")
+    asked = m.Pod(
+        uid="a",
+        namespace="default",
+        name="a",
+        raw="300",
+        requested_mw=300_000,
+        effective_mw=None,
+        gpus=[],
+        state=state,
+        reason="",
+    )
+    report = msgspec.structs.replace(
+        subject.report(sent), pods=[asked], gpus=[m.Gpu(uuid="GPU-0", index=3, processes=[unread])]
+    )
+    subject.step(report)
+    said = subject.missing()
+    assert bool(said) != ready
+    if not ready:
+        assert said == [f"processes: the list of GPU 3 cannot be read: {unread.evidence}"]

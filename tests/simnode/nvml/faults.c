@@ -2,9 +2,12 @@
  * Faults that a test has ordered: finds the one that a call meets, and counts it down.
  *
  * A line of a `faults` file: FUNCTION KEY=VALUE...
- *   FUNCTION   an NVML name with or without its _v2, _v3; a trailing * matches any ending
+ *   FUNCTION   an NVML name with or without its _v2, _v3; a trailing * matches any ending, and after
+ *              a leading = only this very name does, as where an old library lacks one version
  *   error=N    the call returns this code
  *   ignore     a set reports success and changes nothing
+ *   wide       a process list has entries of 32 bytes where the caller reads 24, as drivers 535.43 to
+ *              535.86 write them
  *   grow=N     a process list that is asked for with a buffer has outgrown it by N
  *   delay_ms=X the call takes so much longer
  *   count=N    the line applies N times, then goes; without it, until the file is cleared
@@ -36,6 +39,8 @@ static size_t length_without_version(const char *name)
 static bool matches(const char *pattern, const char *function)
 {
     size_t length = strlen(pattern);
+    if (pattern[0] == '=')
+        return strcmp(pattern + 1, function) == 0;
     if (strncmp(function, "nvmlInit", 8) == 0 && strncmp(pattern, "nvmlInit", 8) == 0)
         return true; /* whichever of its three names a client calls */
     if (length > 0 && pattern[length - 1] == '*')
@@ -48,6 +53,8 @@ static bool parse_word(const char *word, struct line *line)
 {
     if (strcmp(word, "ignore") == 0)
         return line->fault.ignore = true;
+    if (strcmp(word, "wide") == 0)
+        return line->fault.wide = true;
     return sscanf(word, "error=%d", &line->fault.error) == 1 ||
            sscanf(word, "grow=%u", &line->fault.grow) == 1 ||
            sscanf(word, "delay_ms=%lf", &line->delay_ms) == 1 ||
@@ -97,7 +104,8 @@ static void count_down(const char *folder, const char *text, const char *begin,
             length += snprintf(one + length, 32, " error=%d", line->fault.error);
         if (line->fault.grow > 0)
             length += snprintf(one + length, 32, " grow=%u", line->fault.grow);
-        snprintf(one + length, 16, "%s\n", line->fault.ignore ? " ignore" : "");
+        snprintf(one + length, 16, "%s%s\n", line->fault.ignore ? " ignore" : "",
+                 line->fault.wide ? " wide" : "");
     }
     snprintf(changed, sizeof changed, "%.*s%s%s", (int)(begin - text), text, one,
              *after == '\n' ? after + 1 : after);

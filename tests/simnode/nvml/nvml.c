@@ -104,7 +104,8 @@ static nvmlReturn_t begin_gpu(const char *function, nvmlDevice_t device, bool ar
     if (call->gpu->lost)
         return NVML_ERROR_GPU_IS_LOST;
     call->fault = faults_take(".", function, has_buffer);
-    if (call->fault.error == NVML_SUCCESS && !call->fault.ignore && call->fault.grow == 0)
+    if (call->fault.error == NVML_SUCCESS && !call->fault.ignore && !call->fault.wide &&
+        call->fault.grow == 0)
         call->fault = faults_take(call->gpu->dir, function, has_buffer);
     return call->fault.error;
 }
@@ -596,6 +597,18 @@ static unsigned parse_processes(char *text, bool keep_dead, process_v2 *list, un
     return count;
 }
 
+/* What drivers 535.43 to 535.86 write for _v3: one field more, and the same name. */
+typedef struct {
+    process_v2 process;
+    unsigned long long used_protected_memory;
+} process_wide;
+
+static void fill_wide(process_wide *out, const process_v2 *list, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        out[i] = (process_wide){list[i], 0};
+}
+
 static void fill(void *infos, bool v1, const process_v2 *list, unsigned count)
 {
     if (!v1) {
@@ -629,6 +642,8 @@ static nvmlReturn_t list_processes(const char *function, const char *file, nvmlD
         found = *count + call.fault.grow;
     if (found > *count)
         result = NVML_ERROR_INSUFFICIENT_SIZE;
+    else if (found > 0 && call.fault.wide && !v1)
+        fill_wide(infos, list, found);
     else if (found > 0)
         fill(infos, v1, list, found);
     *count = found;

@@ -65,6 +65,7 @@ struct gpu {
 struct fault {
     nvmlReturn_t error;
     bool ignore;   /* report success, change nothing */
+    bool wide;     /* entries of the process list are larger than the caller thinks */
     unsigned grow; /* the process list has outgrown the caller's buffer by so many */
 };
 
