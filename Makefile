@@ -3,7 +3,8 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm image image-check sbom cluster-test lock clean
+.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm image image-check sbom cluster-test hardware-check \
+    hardware-test lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -17,7 +18,7 @@ ARGS ?=
 PYTHON ?=
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 # A virtual environment knows its own place and its interpreter: after a move or a change of
 # Python it is made anew. Messages go to stderr, so that `make kube-assets` prints one line.
@@ -132,6 +133,12 @@ sbom: setup ## what is in that file, as CycloneDX
 cluster-test: setup ## what an administrator does, on the cluster of KUBECONFIG or one made here
 	@[ -n "$${KUBECONFIG:-}" ] || $(PY) -m tests.cluster.prepare || [ $$? -eq 3 ]
 	@$(PY) -m pytest -m cluster tests/cluster $(ARGS)
+
+hardware-check: setup ## what this machine's real GPUs and driver do; reads only
+	@$(PY) deploy/qualify/check.py $(ARGS)
+
+hardware-test: setup ## the enforcer on this machine's real GPUs (root, POWER_AGENT_MAY_SET_LIMITS=1)
+	@$(PY) -m tests.hardware $(ARGS)
 
 # One resolution for all: the components' locks take the versions of dev.txt. No host name is
 # written into them, so that any package index serves.

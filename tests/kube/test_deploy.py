@@ -23,7 +23,7 @@ from tests.waiting import HANG_S
 pytestmark = pytest.mark.kube
 
 STRICT = ("apply", "--dry-run=server", "--validate=strict")
-FOLDERS = ["power_agent", "policies", *(f"overlays/{each.name}" for each in sorted(
+FOLDERS = ["power_agent", "policies", "qualify", *(f"overlays/{each.name}" for each in sorted(
     (DEPLOY / "overlays").iterdir()
 ))]  # fmt: skip
 MONITORING = {each: {"enabled": True} for each in ("podMonitor", "prometheusRule", "dashboard")}

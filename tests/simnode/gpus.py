@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tests.simnode.cuda import build_library as build_cuda
 from tests.simnode.nvml import build_library
 
 DRIVER_VERSION = "570.124.06"
@@ -545,9 +546,11 @@ class SimGpus:
                 found.add(int(marker.name))
         return found
 
-    def environment(self) -> dict[str, str]:
-        """Variables under which a process loads this node's NVML."""
+    def environment(self, *, cuda: bool = False) -> dict[str, str]:
+        """Variables under which a process loads this node's NVML, and its CUDA if asked for."""
         path = [str(build_library()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        if cuda:
+            path.insert(0, str(build_cuda()))
         return {
             "SIM_NVML_DIR": str(self.directory.absolute()),
             "LD_LIBRARY_PATH": ":".join(path),

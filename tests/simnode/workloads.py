@@ -123,13 +123,17 @@ def cgroup2_mounts(mountinfo: str) -> list[Path]:
     return found
 
 
-def real_cgroups(name: str, guardian: Guardian) -> RealCgroups | None:
-    """A cgroup `name` of the node's own, None where this machine does not allow it."""
+def real_cgroups(name: str, guardian: Guardian | None) -> RealCgroups | None:
+    """A cgroup `name` of the node's own, None where this machine does not allow it.
+
+    Without a guardian the caller removes it.
+    """
     if os.geteuid() != 0:
         return None
     for mount in cgroup2_mounts(Path("/proc/self/mountinfo").read_text()):
         folder = mount / name
-        guardian.cgroup(folder)
+        if guardian is not None:
+            guardian.cgroup(folder)
         with contextlib.suppress(OSError), _waiting_process() as process:
             folder.mkdir()
             (folder / "cgroup.procs").write_text(str(process.pid))

@@ -49,6 +49,17 @@ typedef struct {
     unsigned version, scope, milliwatts;
 } power_value_v2;
 
+typedef struct {
+    unsigned field, scope;
+    long long timestamp, latency_us;
+    unsigned type; /* nvmlValueType_t: 1 is an unsigned int */
+    nvmlReturn_t result;
+    union {
+        unsigned number;
+        unsigned long long widest;
+    } value;
+} field_value;
+
 struct call {
     struct gpu *gpu;
     struct fault fault;
@@ -480,6 +491,29 @@ EXPORT nvmlReturn_t nvmlDeviceGetPowerManagementLimitConstraints(nvmlDevice_t de
     if (result == NVML_SUCCESS &&
         (!gpu_number(call.gpu, "min_mw", least) || !gpu_number(call.gpu, "max_mw", most)))
         result = NVML_ERROR_NOT_SUPPORTED;
+    return end(result);
+}
+
+/* NVML_FI_DEV_POWER_*_LIMIT of the GPU (scope 0) or of the module that it sits on (scope 1). */
+static nvmlReturn_t power_field(const struct gpu *gpu, field_value *field)
+{
+    static const char *const files[] = {"min_mw", "max_mw", "default_mw", "limit_mw"};
+    char file[32];
+    unsigned which = field->field == 192 ? 3 : field->field - 187; /* requested, as current */
+    if (which > 3 || field->scope > 1)
+        return NVML_ERROR_NOT_SUPPORTED;
+    snprintf(file, sizeof file, "%s%s", field->scope ? "module_" : "", files[which]);
+    field->type = 1;
+    return gpu_number(gpu, file, &field->value.number) ? NVML_SUCCESS : NVML_ERROR_NOT_SUPPORTED;
+}
+
+EXPORT nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, field_value *values)
+{
+    struct call call;
+    bool good = count > 0 && values != NULL;
+    nvmlReturn_t result = begin_gpu("nvmlDeviceGetFieldValues", device, good, false, &call);
+    for (int i = 0; result == NVML_SUCCESS && i < count; i++)
+        values[i].result = power_field(call.gpu, &values[i]);
     return end(result);
 }
 

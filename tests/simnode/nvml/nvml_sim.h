@@ -18,8 +18,11 @@
  *   open/<pid>      start time of a process that has NVML open
  *   gpu<K>/         uuid name minor pci pci_device_id mig(optional) persistence
  *                   min_mw default_mw max_mw limit_mw power_mw enforced_cap_mw(optional) faults
+ *                   module_min_mw module_max_mw module_default_mw module_limit_mw (optional): of
+ *                   the module that the GPU sits on, where that has a limit of its own
  *                   compute graphics mps: a line per process: pid [memory [instance [compute]]]
  *                   keep_dead: while it exists, ended processes stay listed
+ *                   cuda_error (optional): see ../cuda/cuda.c
  *                   persistence: 0 means that the limit is forgotten when nobody has NVML open and
  *                   no process is listed; seen when NVML is shut and when it is initialised
  *
