@@ -6,12 +6,20 @@ from pathlib import Path
 import zmq
 
 from shared import messages
-from shared.sockets import TransportError, connection_event, control_path, events_path
+from shared.sockets import (
+    TransportError,
+    connection_event,
+    control_path,
+    events_path,
+    hindrance,
+    open_control,
+)
 
 _AGAIN_S = 0.05  # how soon a client tries again to send what was not taken
 # The longest single wait for an answer. A signal that comes after Python has looked for signals and
 # before poll(2) begins does not end that wait: its handler runs only afterwards.
 _WAIT_S = 0.25
+_PROBE_S = 0.5
 
 
 class Client:
@@ -23,6 +31,7 @@ class Client:
 
     def __init__(self, run_dir: Path) -> None:
         """Connect, now or whenever the enforcer is there."""
+        self._run_dir = run_dir
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -87,6 +96,14 @@ class Client:
             if self.connected and sent_over != self.connections and self.send(request):
                 sent_over = self.connections  # an answer is lost with its connection
         raise TransportError(f"no answer within {timeout_s:g} s")
+
+    def hindrance(self) -> tuple[str, str] | None:
+        """Return what keeps from connecting and the remedy; None where the socket can be opened."""
+        try:
+            open_control(self._run_dir, _PROBE_S).close()
+        except OSError as error:
+            return hindrance(control_path(self._run_dir), error)
+        return None
 
     def close(self) -> None:
         """Let go of the socket; nothing is sent after this."""

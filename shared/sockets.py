@@ -1,5 +1,9 @@
 """Where the enforcer's sockets and its pulse lie, and the few facts that both ends need."""
 
+import errno
+import os
+import socket
+import stat
 import struct
 from pathlib import Path
 
@@ -33,3 +37,69 @@ def connection_event(frame: bytes) -> int:
     """
     event: int = struct.unpack_from("=H", frame)[0]
     return event
+
+
+def open_control(run_dir: Path, timeout_s: float) -> socket.socket:
+    """Return a plain connection to the control socket; raises OSError.
+
+    libzmq tries again and again without a word, so this shows what hinders it.
+    """
+    plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        plain.settimeout(timeout_s)
+        plain.connect(str(control_path(run_dir)))
+    except OSError:
+        plain.close()
+        raise
+    return plain
+
+
+def why_refused(path: Path) -> tuple[str, str]:
+    """Return why the kernel refuses to connect to `path` (EACCES, EPERM), and the remedy.
+
+    Connecting takes search permission on each folder and write permission on the socket file
+    (unix(7)). Where these are given, a security module refuses.
+    """
+    uid = os.geteuid()
+    for folder in reversed(path.parents):
+        if not os.access(folder, os.X_OK):
+            remedy = f"make {folder} searchable for it (mode 755)"
+            return f"uid {uid} may not search {folder}", remedy
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"uid {uid} may not see {path}: {error.strerror}", _SECURITY
+    if not os.access(path, os.W_OK) and not _is_open_to(found, uid):
+        mode = f"owner uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}"
+        remedy = f"run as root, or add {uid} to the enforcer's POWER_AGENT_READER_UIDS"
+        return f"uid {uid} may not write {path} ({mode})", remedy
+    return f"uid {uid} may not connect to {path} though its mode lets it", _SECURITY
+
+
+_SECURITY = (
+    "a security module refuses it: with SELinux (`ausearch -m avc` shows it) give the watcher "
+    "seLinuxOptions {type: spc_t, level: s0}, with AppArmor see the kernel's log"
+)
+
+
+def _is_open_to(found: os.stat_result, uid: int) -> bool:
+    """Tell whether the mode alone lets this process write; a security module may still refuse."""
+    if uid in (0, found.st_uid):
+        return uid == 0 or bool(found.st_mode & stat.S_IWUSR)
+    if found.st_gid in (os.getegid(), *os.getgroups()):
+        return bool(found.st_mode & stat.S_IWGRP)
+    return bool(found.st_mode & stat.S_IWOTH)
+
+
+def hindrance(path: Path, error: OSError) -> tuple[str, str]:
+    """Return what a failed connection to `path` means, and the remedy."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"no socket at {path}", _START
+    if error.errno == errno.ECONNREFUSED:
+        return f"nobody listens at {path}", "the enforcer has ended: start it"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return why_refused(path)
+    return f"{path}: {error.strerror or error}", "look at the enforcer's log"
+
+
+_START = "start the enforcer; both need the same POWER_AGENT_RUN_DIR"

@@ -70,7 +70,7 @@ class Watcher:
         server = None if address is None else health.Server(address, self._pages())
         if self._recording is not None:
             self._recording.start()
-        self._log.info("started", version=__version__, api=self._api.host, **self._scope())
+        self._log.info("started", version=__version__, **self._reaches(), **self._scope())
         if not self._api.verifies:
             self._log.warning("api_unverified", why="the API server does not prove who it is")
         self._reflecting.start()
@@ -82,6 +82,11 @@ class Watcher:
         self._reflector.stop()
         self._log.info("stopped")
         return 0
+
+    def _reaches(self) -> dict[str, str]:
+        """Return where requests go, and through what."""
+        way = {"api": self._api.host}
+        return way | {"proxy": self._api.proxy} if self._api.proxy else way
 
     def _scope(self) -> dict[str, str]:
         return {"node": self._settings.node, "namespace": self._settings.namespace or "all"}

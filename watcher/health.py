@@ -1,6 +1,7 @@
 """The small HTTP server: /metrics for Prometheus, /healthz and /readyz for the kubelet."""
 
 import contextlib
+import errno
 import socket
 import socketserver
 import threading
@@ -16,6 +17,8 @@ from watcher.settings import Address
 Page = Callable[[], tuple[int, str, str]]
 
 _TEXT = "text/plain; charset=utf-8"
+# The kernel has no IPv6, or no interface has it (net.ipv6.conf.*.disable_ipv6).
+_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _READ_S = 5.0
 _CONNECTIONS = 8
 _OLD_S = 2.0  # where all are alike, a full house drops the oldest, if it had time enough
@@ -39,15 +42,32 @@ class Server(socketserver.ThreadingTCPServer):
         self.pages = pages
         self._lock = threading.Lock()
         self._open: dict[socket.socket, tuple[float, str]] = {}  # since when, whose; oldest first
-        if ":" in address.host:
-            self.address_family = socket.AF_INET6
         try:
-            super().__init__((address.host, address.port), _Handler)
+            self._listen(address)
         except (OSError, OverflowError) as error:
             raise SettingsError(
                 f"POWER_AGENT_METRICS_ADDR='{address.host}:{address.port}': {error}; "
                 "choose an address that is free on this node, or off"
             ) from error
+
+    def _listen(self, address: Address) -> None:
+        """Bind the address; without a host every one of both families, or of IPv4 alone."""
+        self.address_family = socket.AF_INET
+        if not address.host or ":" in address.host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((address.host, address.port), _Handler)
+        except OSError as error:
+            if address.host or error.errno not in _NO_IPV6:
+                raise
+            self.address_family = socket.AF_INET
+            super().__init__(("", address.port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind; an address of all of IPv6 serves IPv4 too, whatever the node's sysctl says."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     @property
     def port(self) -> int:

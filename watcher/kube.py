@@ -117,6 +117,16 @@ class Api:
         return str(self._configuration.host)
 
     @property
+    def proxy(self) -> str:
+        """The proxy that requests go through, without its password; empty where there is none."""
+        pool = self._pool
+        url = getattr(pool, "proxy", None) or getattr(pool, "proxy_url", None)
+        if not url:
+            return ""
+        scheme, _, rest = str(url).rpartition("://")
+        return f"{scheme or 'http'}://{rest.rpartition('@')[2]}"
+
+    @property
     def verifies(self) -> bool:
         """Whether the server has to prove who it is."""
         return bool(self._configuration.verify_ssl) and self.host.startswith("https://")
@@ -186,7 +196,7 @@ class Api:
     def _send(
         self, method: str, url: str, headers: dict[str, str], body: bytes | None, timeout_s: float
     ) -> urllib3.BaseHTTPResponse:
-        with _mapped_errors():
+        with _mapped_errors(self.proxy):
             return self._pool.urlopen(
                 method,
                 self.host + url,
@@ -325,14 +335,14 @@ def _check(configuration: Configuration) -> None:
 
 
 @contextlib.contextmanager
-def _mapped_errors() -> Iterator[None]:
+def _mapped_errors(proxy: str = "") -> Iterator[None]:
     try:
         yield
     except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
         root = _root(error)
         torn = isinstance(error, ProtocolError) and not isinstance(root, OSError)
         why = "the connection broke in the middle of an answer" if torn else _one_line(root)
-        raise ApiError(why) from error
+        raise ApiError(f"{why} (through the proxy {proxy})" if proxy else why) from error
 
 
 def _root(error: BaseException) -> BaseException:

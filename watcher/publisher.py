@@ -30,6 +30,7 @@ HEARTBEAT_S = 2.0
 SILENT_S = 5.0  # two heartbeats and a turn without any answer
 _RETRY = Backoff(first_s=0.005, most_s=HEARTBEAT_S)  # a connection that is there takes nothing
 _HOLDS = ("enforced", "clamped")  # a pod's limit was written, and read back
+_SEE_THE_LOG = "the socket can be opened, but the enforcer does not answer: see its log"
 _SHOWN = 16  # pods named in one log line
 
 
@@ -42,6 +43,7 @@ class Client(Protocol):
     def watch(self, fd: int) -> None: ...
     def send(self, request: messages.Request) -> bool: ...
     def wait(self, timeout_s: float) -> list[messages.Reply]: ...
+    def hindrance(self) -> tuple[str, str] | None: ...
 
 
 class Mailbox:
@@ -115,6 +117,8 @@ class Publisher:
         self._on_report = on_report
         self._clock = clock
         self._session = secrets.token_hex(16)
+        # What keeps this side from connecting, as it was found at the beginning of a silence.
+        self._hindrance = ""
         self._content = snapshot.EMPTY
         self._snapshot: messages.Snapshot | None = None
         self._revision = 0
@@ -264,11 +268,13 @@ class Publisher:
         silent_s = 0.0 if self._owed_since is None else now - self._owed_since
         if silent_s >= SILENT_S and not self._silent:
             self._silent = True
-            remedy = "see the enforcer's log; both need the same POWER_AGENT_RUN_DIR"
+            self._hindrance, remedy = self._client.hindrance() or ("", _SEE_THE_LOG)
+            why = self._hindrance or "no answer"
             connected = self._client.connected
-            self._log.warning("enforcer_silent", connected=connected, remedy=remedy)
+            self._log.warning("enforcer_silent", connected=connected, why=why, remedy=remedy)
         elif self._silent and self._owed_since is None:
             self._silent = False
+            self._hindrance = ""
             self._log.info("enforcer_answers")
 
     def _tell(
@@ -306,7 +312,7 @@ class Publisher:
         if self._refusal is not None:
             missing.append(f"enforcer: {self._refusal[1]}")
         elif not link.up:
-            missing.append("enforcer: no answer")
+            missing.append(f"enforcer: {self._hindrance or 'no answer'}")
         elif self._snapshot is not None:  # else it was asked nothing yet that it could report on
             missing += _unfit(link.report)
         return missing

@@ -16,7 +16,7 @@ _DNS_SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A TCP address to listen on."""
+    """A TCP address to listen on; no host is every address, of IPv6 and of IPv4."""
 
     host: str
     port: int
@@ -50,7 +50,9 @@ def _address(value: str) -> Address | None:
         return None
     host, colon, port = text_value(value).rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError("neither `off` nor an address such as 0.0.0.0:9100")
+        raise ValueError("neither `off` nor an address such as :9100 or 0.0.0.0:9100")
+    if ":" in host and not re.fullmatch(r"\[[^]]*\]", host):
+        raise ValueError(f"an IPv6 address takes brackets, as in [{host}]:{port}")
     return Address(host.strip("[]"), int(port))
 
 
@@ -73,8 +75,8 @@ class WatcherSettings(CommonSettings):
     )
     metrics: Address | None = setting(
         "POWER_AGENT_METRICS_ADDR",
-        "0.0.0.0:9100",
-        "/metrics, /healthz, /readyz; off disables",
+        ":9100",
+        "/metrics, /healthz, /readyz; without a host IPv4 and IPv6; off disables",
         _address,
     )
     events: bool = setting(

@@ -14,7 +14,7 @@ import msgspec
 from shared import messages
 from shared.client import Client
 from shared.powerctl.check import WAITS
-from shared.sockets import TransportError, control_path
+from shared.sockets import TransportError, control_path, hindrance, open_control
 
 R = TypeVar("R", bound=messages.Reply)
 _PROBE_S = 0.5
@@ -89,28 +89,17 @@ def _answer(
 
 def listener_pid(run_dir: Path) -> int:
     """Return the pid of whoever listens, in this process's own view; 0 where it has none."""
-    with _connected(run_dir) as sock:
+    with open_control(run_dir, _PROBE_S) as sock:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return pid
-
-
-def _connected(run_dir: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(_PROBE_S)
-        sock.connect(str(control_path(run_dir)))
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
     path = control_path(run_dir)
     try:
         # libzmq sends a greeting at once to a uid that it admits, and hangs up on any other.
-        with _connected(run_dir) as sock:
+        with open_control(run_dir, _PROBE_S) as sock:
             greeting = sock.recv(1)
     except TimeoutError:
         return UnreachableError(
@@ -139,16 +128,10 @@ def _no_connection(path: Path, error: OSError) -> UnreachableError:
             "start the enforcer, or name its directory with --socket or POWER_AGENT_RUN_DIR; "
             + WAITS,
         )
+    why, remedy = hindrance(path, error)
     if error.errno == errno.ECONNREFUSED:
-        return UnreachableError(
-            f"nobody listens at {path}", "the enforcer has ended: start it; " + WAITS
-        )
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return UnreachableError(
-            f"uid {os.geteuid()} may not open {path}",
-            "run as root, or make the directory and those above it searchable (mode 755)",
-        )
-    return UnreachableError(f"{path}: {error.strerror or error}", "look at the enforcer's log")
+        remedy += "; " + WAITS
+    return UnreachableError(why, remedy)
 
 
 def _refused(reply: messages.Error) -> UnreachableError:

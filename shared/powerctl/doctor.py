@@ -16,6 +16,7 @@ def examine(
 ) -> tuple[list[Check], bool]:
     """Return every check's outcome and whether the enforcer answered."""
     checks = [node_checks.directory(run_dir), *node_checks.sockets(run_dir)]
+    checks += node_checks.proxy(os.environ)
     began = time.monotonic()
     try:
         reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)

@@ -1,10 +1,12 @@
 """The doctor's checks of what can be seen from here: directory, sockets, pids, nodes, ledger."""
 
+import contextlib
+import ipaddress
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from shared import messages
@@ -194,3 +196,35 @@ def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: b
             "mount a writable host directory at POWER_AGENT_STATE_DIR; or run doctor there",
         )
     return Check(name=name, seen=f"{path}: not there, and no GPU is managed")
+
+
+def proxy(environment: Mapping[str, str]) -> Iterator[Check]:
+    """Check that no proxy stands between this node and its API server by mistake.
+
+    Where a cluster puts HTTPS_PROXY into every pod, the watcher has it too, and the client that it
+    uses honours it (urllib.request, getproxies_environment: lower case wins).
+    """
+    names = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    found = next((name for name in names if environment.get(name)), None)
+    server = environment.get("KUBERNETES_SERVICE_HOST")
+    if found is None or server is None:
+        return
+    scheme, _, rest = environment[found].rpartition("://")
+    shown = f"{scheme or 'http'}://{rest.rpartition('@')[2]}"
+    excepted = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if _is_excepted(server, excepted):
+        yield Check(name="proxy", seen=f"{found}={shown} does not bear on {server} (NO_PROXY)")
+        return
+    seen = f"{found}={shown} in this container; the watcher reaches the API server through it"
+    yield warn("proxy", seen, f"unless that is meant, add {server} to NO_PROXY of the pod")
+
+
+def _is_excepted(server: str, excepted: str) -> bool:
+    for entry in (part.strip() for part in excepted.split(",")):
+        if entry in ("*", server):
+            return True
+        with contextlib.suppress(ValueError):
+            network = ipaddress.ip_network(entry, strict=False)
+            if ipaddress.ip_address(server) in network:
+                return True
+    return False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -294,6 +296,44 @@ def end(server: health.Server) -> None:
             socket.create_connection(server.server_address[:2], HANG_S).close()  # type: ignore[arg-type]
         ending.join(0.01)
     server.server_close()
+
+
+IN_A_NAMESPACE = """
+import sys, urllib.request
+from watcher import health
+from watcher.settings import Address
+server = health.Server(Address("", 0), {"/healthz": lambda: health.checklist([])})
+server.start()
+for host in sys.argv[1:]:
+    try:
+        with urllib.request.urlopen(f"http://{host}:{server.port}/healthz", timeout=30) as answer:
+            print(host, answer.status)
+    except OSError as error:
+        print(host, type(error.reason).__name__)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("prepare", "answers"),
+    [
+        ("true", "127.0.0.1 200 [::1] 200"),
+        ("ip addr del 127.0.0.1/8 dev lo", "127.0.0.1 OSError [::1] 200"),
+        (
+            "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6",
+            "127.0.0.1 200 [::1] OSError",
+        ),
+    ],
+    ids=["both", "ipv6-alone", "ipv4-alone"],
+)
+def test_without_a_host_every_family_that_there_is_is_served(prepare: str, answers: str) -> None:
+    alone = ["unshare", "--net", "sh", "-c", f'ip link set lo up && {prepare} && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip(f"`{prepare}` does not work in a network namespace here")
+    hosts = ["127.0.0.1", "[::1]"]
+    program = [sys.executable, "-c", IN_A_NAMESPACE, *hosts]
+    done = subprocess.run([*alone, *program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == answers.split(), done.stderr
 
 
 def ask(server: health.Server, path: str, method: str = "GET") -> tuple[int, str, str]:

@@ -1413,6 +1413,28 @@ def test_the_protocols_description_names_every_message_and_field() -> None:
         assert f"`{code}`" in text
 
 
+@pytest.mark.parametrize(
+    ("changed", "result", "shown"),
+    [
+        ({}, "warn", "HTTPS_PROXY=http://proxy:3128"),
+        ({"https_proxy": "socks5://u:p@lower:1"}, "warn", "https_proxy=socks5://lower:1"),
+        ({"HTTPS_PROXY": "", "ALL_PROXY": "all:1"}, "warn", "ALL_PROXY=http://all:1"),
+        ({"NO_PROXY": "a,10.0.0.0/8"}, "ok", "does not bear on 10.1.2.3"),
+        ({"NO_PROXY": "10.1.2.3"}, "ok", "does not bear on 10.1.2.3"),
+        ({"NO_PROXY": "192.168.0.0/16,x"}, "warn", "HTTPS_PROXY"),
+    ],
+)
+def test_doctor_knows_a_proxy_and_hides_its_password(
+    changed: dict[str, str], result: str, shown: str
+) -> None:
+    set_by_cluster = {"KUBERNETES_SERVICE_HOST": "10.1.2.3", "HTTPS_PROXY": "http://u:p@proxy:3128"}
+    (check,) = node_checks.proxy(set_by_cluster | changed)
+    assert check.result == result
+    assert shown in check.seen
+    assert "u:p" not in check.seen
+    assert list(node_checks.proxy({"KUBERNETES_SERVICE_HOST": "10.1.2.3"})) == []
+
+
 def test_powerctl_loads_neither_nvml_nor_kubernetes_nor_the_enforcer() -> None:
     program = (
         "import sys, shared.powerctl.__main__;"

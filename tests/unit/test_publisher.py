@@ -47,6 +47,7 @@ class Link:
         self.connected, self.connections, self.takes = False, 0, True
         self.sent: list[m.Snapshot] = []
         self.pings = 0
+        self.hinders: tuple[str, str] | None = None
         self.broken: msgspec.DecodeError | None = None
 
     def connect(self) -> None:
@@ -63,6 +64,9 @@ class Link:
             assert request == m.Ping()
             self.pings += taken
         return taken
+
+    def hindrance(self) -> tuple[str, str] | None:
+        return self.hinders
 
     def wait(self, timeout_s: float) -> list[m.Reply]:
         assert timeout_s >= 0
@@ -767,3 +771,14 @@ def test_a_pod_that_waits_on_a_gpu_whose_processes_cannot_be_seen_is_not_ready(
     assert bool(said) != ready
     if not ready:
         assert said == [f"processes: the list of GPU 3 cannot be read: {unread.evidence}"]
+
+
+def test_what_hinders_is_told_in_the_log_and_in_readyz(subject: Subject) -> None:
+    subject.link.hinders = "uid 65532 may not connect", "with SELinux give it spc_t"
+    subject.offer(pod("a", "300"))
+    for _ in range(8):
+        subject.step(after_s=1.0)
+    (values,) = [values for event, values in subject.log.lines if event == "enforcer_silent"]
+    assert values["why"] == "uid 65532 may not connect"
+    assert values["remedy"] == "with SELinux give it spc_t"
+    assert subject.missing() == ["enforcer: uid 65532 may not connect"]

@@ -49,7 +49,7 @@ WATCHER_DEFAULTS: dict[str, Any] = COMMON_DEFAULTS | {
     "kubeconfig": None,
     "namespace": None,
     "annotation": "dynamo.nvidia.com/gpu-power-limit",
-    "metrics": Address("0.0.0.0", 9100),
+    "metrics": Address("", 9100),
     "events": False,
 }
 # The contract: which program reads which variable.

@@ -39,7 +39,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- with .Values.settings.procRoot }}{{ if ne . "/proc" }}{{ . }}{{ end }}{{ end }}
 {{- end }}
 {{- define "power-agent.metricsPort" -}}
-{{- $address := .Values.settings.metricsAddr | default "0.0.0.0:9100" }}
+{{- $address := .Values.settings.metricsAddr | default ":9100" }}
 {{- if ne $address "off" }}{{ last (splitList ":" $address) }}{{ end }}
 {{- end }}
 
