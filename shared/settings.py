@@ -181,6 +181,11 @@ def colour_from_environment() -> bool:
     return not os.environ.get("NO_COLOR")
 
 
+def whole_environment() -> Mapping[str, str]:
+    """Return every variable, for what other programs define and we only look at."""
+    return os.environ
+
+
 def run_dir_from_environment() -> Path:
     """Return POWER_AGENT_RUN_DIR or its default, for clients that read nothing else."""
     return Path(os.environ.get("POWER_AGENT_RUN_DIR") or DEFAULT_RUN_DIR)

@@ -30,6 +30,7 @@ HEARTBEAT_S = 2.0
 SILENT_S = 5.0  # two heartbeats and a turn without any answer
 _RETRY = Backoff(first_s=0.005, most_s=HEARTBEAT_S)  # a connection that is there takes nothing
 _HOLDS = ("enforced", "clamped")  # a pod's limit was written, and read back
+_NO_ANSWER = "no answer"
 _SEE_THE_LOG = "the socket can be opened, but the enforcer does not answer: see its log"
 _SHOWN = 16  # pods named in one log line
 
@@ -117,8 +118,6 @@ class Publisher:
         self._on_report = on_report
         self._clock = clock
         self._session = secrets.token_hex(16)
-        # What keeps this side from connecting, as it was found at the beginning of a silence.
-        self._hindrance = ""
         self._content = snapshot.EMPTY
         self._snapshot: messages.Snapshot | None = None
         self._revision = 0
@@ -131,7 +130,7 @@ class Publisher:
         self._report: messages.Report | None = None
         self._heard = False
         self._owed_since: float | None = None  # when the oldest request without an answer was due
-        self._silent = False
+        self._silence = ""  # why there is no answer, as it was found when it began
         self.too_much: str | None = None
         self._refusal: tuple[str, str] | None = None  # its code, and what it says
         self.turned_at = self._clock()
@@ -266,15 +265,12 @@ class Publisher:
 
     def _watch_silence(self, now: float) -> None:
         silent_s = 0.0 if self._owed_since is None else now - self._owed_since
-        if silent_s >= SILENT_S and not self._silent:
-            self._silent = True
-            self._hindrance, remedy = self._client.hindrance() or ("", _SEE_THE_LOG)
-            why = self._hindrance or "no answer"
-            connected = self._client.connected
+        if silent_s >= SILENT_S and not self._silence:
+            self._silence, remedy = self._client.hindrance() or (_NO_ANSWER, _SEE_THE_LOG)
+            connected, why = self._client.connected, self._silence
             self._log.warning("enforcer_silent", connected=connected, why=why, remedy=remedy)
-        elif self._silent and self._owed_since is None:
-            self._silent = False
-            self._hindrance = ""
+        elif self._silence and self._owed_since is None:
+            self._silence = ""
             self._log.info("enforcer_answers")
 
     def _tell(
@@ -300,7 +296,7 @@ class Publisher:
 
     def link(self, now: float) -> Link:
         """Return how the enforcer is doing, for the metrics."""
-        up = self._heard and self._client.connected and not self._silent
+        up = self._heard and self._client.connected and not self._silence
         age_s = now - self._reported_at
         current = up and self._refusal is None and age_s <= SILENT_S
         return Link(up=up, snapshot_age_s=age_s, report=self._report, current=current)
@@ -312,7 +308,7 @@ class Publisher:
         if self._refusal is not None:
             missing.append(f"enforcer: {self._refusal[1]}")
         elif not link.up:
-            missing.append(f"enforcer: {self._hindrance or 'no answer'}")
+            missing.append(f"enforcer: {self._silence or _NO_ANSWER}")
         elif self._snapshot is not None:  # else it was asked nothing yet that it could report on
             missing += _unfit(link.report)
         return missing

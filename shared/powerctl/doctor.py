@@ -9,6 +9,7 @@ from shared.powerctl import node_checks, reply_checks
 from shared.powerctl.ask import Patience, UnreachableError, ask, listener_pid
 from shared.powerctl.check import Check, fail
 from shared.powerctl.tables import Paint, escape, plain
+from shared.settings import whole_environment
 
 
 def examine(
@@ -16,7 +17,7 @@ def examine(
 ) -> tuple[list[Check], bool]:
     """Return every check's outcome and whether the enforcer answered."""
     checks = [node_checks.directory(run_dir), *node_checks.sockets(run_dir)]
-    checks += node_checks.proxy(os.environ)
+    checks += node_checks.proxy(whole_environment())
     began = time.monotonic()
     try:
         reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)
