@@ -12,6 +12,7 @@ from enforcer import privileges, procfs, report, sight
 from enforcer.agent import Agent, World
 from enforcer.bus import Bus
 from enforcer.clock import SystemClock
+from enforcer.kubelet import Kubelet
 from enforcer.ledger import Ledger, LedgerError, UnreadableError
 from enforcer.nvml import Nvml
 from enforcer.processes import Processes
@@ -19,6 +20,7 @@ from enforcer.pulse import Pulse
 from enforcer.server import Server, connections_for, prepare_directory
 from enforcer.settings import EnforcerSettings
 from enforcer.signals import StopSignal
+from enforcer.sources import Joined, Source
 from shared import __version__, settings
 from shared.logs import Log
 from shared.sockets import TransportError
@@ -44,8 +46,12 @@ def main() -> int:
     except (LedgerError, TransportError, sight.BlindError, privileges.DropError) as error:
         settings.exit_usage(_NAME, str(error))
     nvml = Nvml()
-    source = Processes(nvml, procfs.ProcessReader(config.proc_root, roots))
-    world = World(server, nvml, source, Bus(config.sysfs_root), SystemClock())
+    source: Source = Processes(nvml, procfs.ProcessReader(config.proc_root, roots))
+    kubelet = None
+    if config.kubelet_dir is not None:
+        kubelet = Kubelet(config.kubelet_dir, config.kubelet_resources, log)
+        source = Joined(source, kubelet)
+    world = World(server, nvml, source, Bus(config.sysfs_root), SystemClock(), kubelet)
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
     log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
     gc.freeze()  # what is here stays: collections in the loop need not walk it

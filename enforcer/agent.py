@@ -25,7 +25,7 @@ from enforcer.ledger import Ledger, LedgerError
 from enforcer.policy import UNDECIDED, Decision, Desired, Link, Owned, plan
 from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
-from enforcer.sources import Source
+from enforcer.sources import Assignments, Source
 from enforcer.writeahead import entered
 from shared import messages as m
 from shared.logs import Log
@@ -45,6 +45,8 @@ class World:
     source: Source
     bus: Bus
     clock: Clock
+    # What the source knows of the kubelet's assignments; None where these are not read.
+    kubelet: Assignments | None = None
 
 
 class Agent:
@@ -64,6 +66,7 @@ class Agent:
         self._server = world.server
         self._device = world.device
         self._clock = world.clock
+        self._kubelet = world.kubelet
         self._ledger = ledger
         self._me = me
         self._desk = Desk(world.server, config, log, world.clock)
@@ -325,6 +328,7 @@ class Agent:
             self._me,
             uptime_s=round(self._clock.now_s() - self._desk.started_s, 3),
             node=snapshot.node if snapshot else None,
+            kubelet=self._kubelet.state if self._kubelet else "off",
         )
         counters = report.counters(self._fleet, self._desk.tally, self._log.dropped)
         status = m.StatusReply(

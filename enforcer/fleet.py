@@ -63,10 +63,10 @@ class Fleet:
         return told
 
     def homeless(self, desired: Desired) -> frozenset[str]:
-        """Return the annotated pods that were not seen on any GPU."""
+        """Return the annotated pods that were not seen on any GPU, and are assigned none."""
         seen = frozenset[str]()
         for gpu in self:
-            seen |= desired.pods_among(one.owners(gpu) or ())
+            seen |= desired.pods_among((one.owners(gpu) or frozenset()) | one.assigned(gpu))
         return frozenset(desired.pods.keys() - seen)
 
     # ---- the session ----

@@ -323,11 +323,19 @@ def owners(gpu: Gpu) -> Occupants | None:
     return gpu.where.sighting.owners
 
 
+def assigned(gpu: Gpu) -> frozenset[str]:
+    """Return the pods that the kubelet has assigned it to, by any of their ids."""
+    if not isinstance(gpu.where, Present) or gpu.where.sighting is None:
+        return frozenset()
+    return frozenset(each.pod for each in gpu.where.sighting.assigned)
+
+
 def is_used(gpu: Gpu, desired: Desired, owned: bool) -> bool:
     """Tell whether it answers and is owned, or a pod's that asks for something."""
     if not isinstance(gpu.where, Present):
         return False
-    return owned or bool(desired.pods_among(owners(gpu) or ()) & desired.pods.keys())
+    here = (owners(gpu) or frozenset()) | assigned(gpu)
+    return owned or bool(desired.pods_among(here) & desired.pods.keys())
 
 
 def view_of(gpu: Gpu) -> SeenGpu | None:
@@ -339,6 +347,7 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
         uuid=gpu.uuid,
         occupants=owners(gpu),
         newcomers=_newcomers(gpu.where),
+        assigned=assigned(gpu),
         why_unseen=gpu.where.sighting.why if gpu.where.sighting else "",
         limit_mw=gpu.limit_mw,
         default_mw=facts.default_mw,

@@ -55,6 +55,8 @@ class SeenGpu:
     newcomers: bool = True
     # Why the process list cannot be read.
     why_unseen: str = ""
+    # The pods that the kubelet has assigned it to: they count while they live (any of their ids).
+    assigned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +143,32 @@ def plan(
     rules: EnforcerSettings,
 ) -> dict[str, Decision]:
     """Return the decision for every GPU that is seen or owned, by UUID."""
-    cases = [_Case(gpu, desired, owned.get(gpu.uuid), rules) for gpu in seen]
+    gpus = _without_stale(list(seen), desired)
+    cases = [_Case(gpu, desired, owned.get(gpu.uuid), rules) for gpu in gpus]
     decisions = {case.gpu.uuid: case.with_stances(case.decide()) for case in cases}
     for uuid in owned.keys() - decisions.keys():
         decisions[uuid] = _away(owned[uuid], desired)
     return decisions
+
+
+def _without_stale(seen: list[SeenGpu], desired: Desired) -> list[SeenGpu]:
+    """Return the GPUs without the assignments that processes prove wrong.
+
+    A pod that runs on GPUs of which it is assigned none is not where the kubelet says: the plugin
+    gave its devices other names before. What cannot be seen proves nothing.
+    """
+    runs = frozenset[str]()
+    right = frozenset[str]()
+    for gpu in seen:
+        assigned = desired.pods_among(gpu.assigned)
+        here = desired.pods_among(gpu.occupants or ())
+        runs |= here
+        right |= assigned if gpu.occupants is None else assigned & here
+    stale = runs - right
+    return [
+        replace(gpu, assigned=desired.pods_among(gpu.assigned) & desired.pods.keys() - stale)
+        for gpu in seen
+    ]
 
 
 def _away(owned: Owned, desired: Desired) -> Decision:
@@ -173,6 +196,8 @@ class _Case:
         if self.desired.link == "unheard":
             why = "no snapshot of the watcher came yet"
             return self._hold(why) if self.owned else Decision("free", why)
+        if self._blind() and self.owned is None and self.gpu.assigned:
+            return self._by_assignment()
         if self.gpu.occupants is None:
             why = f": {self.gpu.why_unseen}" if self.gpu.why_unseen else ""
             return self._hold(f"its process list cannot be read{why}")
@@ -185,9 +210,20 @@ class _Case:
             return self._hold("watcher is silent")
         return decision
 
+    def _blind(self) -> bool:
+        return self.gpu.occupants is None or Stranger.UNKNOWN in self.gpu.occupants
+
+    def _by_assignment(self) -> Decision:
+        """Decide on a GPU by the kubelet's word alone: a limit may be set, but nothing raised."""
+        granted = self._grant(self.gpu.assigned, frozenset())
+        if self._gives_power(granted) or self.gpu.limit_mw is None:
+            return self._hold("its process list cannot be read")
+        return granted
+
     def with_stances(self, decision: Decision) -> Decision:
         """Return the decision with what it means for each annotated pod."""
         here = self.desired.pods_among(self.gpu.occupants or ()) | decision.pods
+        here |= self.gpu.assigned
         concerned = here & self.desired.pods.keys()
         if not concerned:
             return decision
@@ -218,7 +254,7 @@ class _Case:
         ghosts = (uids & self._ids()) - wanted - others  # deleted by force, or an API in error
         unknown = self.desired.never_told_of(uids - self._ids())
         resting = frozenset() if occupied and self.gpu.newcomers else mine & wanted
-        if asking := uids & wanted:
+        if asking := (uids & wanted) | self.gpu.assigned:
             granted = replace(self._grant(asking | resting, ghosts), neighbours=True)
             # The unknown pod may ask for less, so only its coming to light raises the limit.
             raises = bool(unknown) and self._gives_power(granted)

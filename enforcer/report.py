@@ -78,6 +78,7 @@ def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
         state=state,
         reason=reason,
         processes=_processes(here.sighting, desired) if here else [],
+        assigned=_assigned(here.sighting, desired) if here else [],
         writes=dict(gpu.writes),
         write_failures=dict(gpu.failures),
     )
@@ -108,6 +109,14 @@ def _processes(sighting: Sighting | None, desired: Desired) -> list[m.Process]:
         name = desired.uid_of(owner) if isinstance(owner, str) else owner.value
         shown.append(m.Process(pid=occupant.pid, owner=name, evidence=occupant.evidence))
     shown.sort(key=lambda process: process.owner not in desired.pods)
+    return shown[:_SHOWN]
+
+
+def _assigned(sighting: Sighting | None, desired: Desired) -> list[m.Assigned]:
+    """Return the annotated pods that live and that the kubelet has assigned a GPU to."""
+    found = [] if sighting is None else list(sighting.assigned)
+    named = [(desired.uid_of(each.pod), each.evidence) for each in found]
+    shown = [m.Assigned(owner=uid, evidence=why) for uid, why in named if uid in desired.pods]
     return shown[:_SHOWN]
 
 

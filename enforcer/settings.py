@@ -50,6 +50,13 @@ def _cgroup_roots(value: str) -> str:
     return ",".join(part.rstrip("/") or "/" for part in parts)
 
 
+def _patterns(value: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not parts or not all(re.fullmatch(r"[A-Za-z0-9./_*?-]{1,256}", part) for part in parts):
+        raise ValueError("not resource names such as nvidia.com/gpu or nvidia.com/*")
+    return parts
+
+
 def _uid(value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,10}", value) or int(value) >= 2**32 - 1:
         raise ValueError("not a numeric user id")
@@ -109,6 +116,18 @@ class EnforcerSettings(CommonSettings):
         "auto",
         "parents of the kubelet's kubepods cgroup, comma separated; auto learns them",
         _cgroup_roots,
+    )
+    kubelet_dir: Path | None = setting(
+        "POWER_AGENT_KUBELET_DIR",
+        None,
+        "the kubelet's root: a limit stands when a pod is assigned a GPU, before it starts",
+        path_value,
+    )
+    kubelet_resources: tuple[str, ...] = setting(
+        "POWER_AGENT_KUBELET_RESOURCES",
+        "nvidia.com/*",
+        "resources whose devices are GPUs: names with * and ?, comma separated",
+        _patterns,
     )
     watcher_uid: int = setting(
         "POWER_AGENT_WATCHER_UID", "65532", "the only uid whose snapshots count", _uid

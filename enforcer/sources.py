@@ -3,7 +3,7 @@
 It knows no NVML and no /proc: processes.py does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from enforcer.device import Board
@@ -25,11 +25,23 @@ class Occupant:
 
 
 @dataclass(frozen=True, slots=True)
+class Assignment:
+    """A pod to which the kubelet has assigned a GPU, and what shows it."""
+
+    pod: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sighting:
-    """Who was seen on a GPU; `occupants` None where that cannot be told, and `why`."""
+    """Who was seen on a GPU; `occupants` None where that cannot be told, and `why`.
+
+    `assigned` are the pods that the kubelet gave it to, whether they run there yet or not.
+    """
 
     occupants: tuple[Occupant, ...] | None
     why: str = ""
+    assigned: tuple[Assignment, ...] = ()
 
     @property
     def owners(self) -> Occupants | None:
@@ -49,3 +61,26 @@ class Source(Protocol):
 
     def look(self, board: Board) -> Sighting:
         """Return who holds a board now; raises DeviceError where its handle is worthless."""
+
+
+class Assignments(Protocol):
+    """What `kubelet.Kubelet` offers."""
+
+    state: str
+
+    def assigned(self, board: Board) -> tuple[Assignment, ...]:
+        """Return the pods that a GPU is assigned to."""
+
+
+class Joined:
+    """A `Source`: who runs on a GPU, and to whom it is assigned."""
+
+    def __init__(self, processes: Source, kubelet: Assignments) -> None:
+        """Take holders from `processes`, and add what `kubelet` knows."""
+        self._processes = processes
+        self._kubelet = kubelet
+
+    def look(self, board: Board) -> Sighting:
+        """Return who holds a board now; raises DeviceError where its handle is worthless."""
+        seen = self._processes.look(board)
+        return replace(seen, assigned=self._kubelet.assigned(board))

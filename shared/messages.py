@@ -77,6 +77,13 @@ class Process(Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class Assigned(Struct, frozen=True, kw_only=True):
+    """enforcer -> reader: a pod to which the kubelet has assigned a GPU; `owner` is its uid."""
+
+    owner: str
+    evidence: str
+
+
 class Gpu(Struct, frozen=True, kw_only=True):
     """enforcer -> reader: one GPU; values not known are null."""
 
@@ -97,6 +104,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
     state: GpuState = "free"
     reason: str = "not looked at yet"
     processes: list[Process] = []
+    assigned: list[Assigned] = []
     writes: dict[str, int] = {}
     write_failures: dict[str, int] = {}
 
@@ -145,6 +153,7 @@ class EnforcerStatus(Struct, frozen=True, kw_only=True):
     cgroup_roots: list[str]
     ledger: str
     ledger_fault: str = ""
+    kubelet: str = "off"  # whether the kubelet's assignments can be read: off, ok, or why not
 
 
 class WatcherStatus(Struct, frozen=True, kw_only=True):

@@ -72,7 +72,8 @@ def near(reply: messages.StatusReply, subject: str) -> list[str]:
 
 
 def _occupants(gpu: messages.Gpu) -> list[str]:
-    return [*gpu.pods, *(process.owner for process in gpu.processes)]
+    assigned = (each.owner for each in gpu.assigned)
+    return [*gpu.pods, *(process.owner for process in gpu.processes), *assigned]
 
 
 def _field(label: str, text: str) -> list[str]:
@@ -140,6 +141,7 @@ def _gpu(gpu: messages.Gpu, reply: messages.StatusReply) -> list[str]:
         escape(title + model),
         *_state(gpu.state, gpu.reason, names),
         *_processes(gpu, names),
+        *_assigned(gpu, names),
         *_asked(gpu, reply),
         *_bounds(gpu, reply.enforcer),
         *_field("target", "none: left as it is" if gpu.target_mw is None else watts(gpu.target_mw)),
@@ -155,6 +157,15 @@ def _processes(gpu: messages.Gpu, names: dict[str, str]) -> list[str]:
     lines = []
     for number, process in enumerate(gpu.processes):
         lines += _field("" if number else "processes", escape(_process(process, names)))
+    return lines
+
+
+def _assigned(gpu: messages.Gpu, names: dict[str, str]) -> list[str]:
+    lines = []
+    for number, each in enumerate(gpu.assigned):
+        owner = names.get(each.owner) or f"pod {each.owner}"
+        text = f"to {owner} by the kubelet: {each.evidence}"
+        lines += _field("" if number else "assigned", escape(text))
     return lines
 
 

@@ -19,6 +19,7 @@ def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> li
         permission(reply, sys_admin),
         watcher_link(reply.watcher),
         cgroup_driver(reply),
+        kubelet(reply),
         *owners(reply),
         *gpus(reply),
         persistence(reply),
@@ -94,6 +95,21 @@ def cgroup_driver(reply: messages.StatusReply) -> Check:
         return warn(name, f"systemd and cgroupfs side by side; roots {roots}", remedy)
     seen = drivers.pop() if drivers else "not seen yet: no pod's process on a GPU"
     return Check(name=name, seen=f"{seen}; pods are looked for below {roots}")
+
+
+def kubelet(reply: messages.StatusReply) -> Check:
+    """Check that limits can stand before a pod's containers start."""
+    name, state = "kubelet's assignments", reply.enforcer.kubelet
+    if state == "off":
+        seen = "not read: a limit follows a pod's first process, about 0.1 s later"
+        return Check(name=name, seen=seen)
+    if state == "ok":
+        return Check(name=name, seen="read: a limit stands when a pod is assigned its GPU")
+    remedy = (
+        "mount device-plugins of the kubelet's root into the enforcer, read-only, and name that "
+        "root in POWER_AGENT_KUBELET_DIR; until then a limit follows a pod's first process"
+    )
+    return warn(name, state, remedy)
 
 
 def owners(reply: messages.StatusReply) -> Iterator[Check]:

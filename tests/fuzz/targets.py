@@ -9,12 +9,12 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 
 import msgspec
 
-from enforcer import cgroups
+from enforcer import cgroups, kubelet
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.policy import Owned, Stranger
 from shared import messages as m
@@ -78,6 +78,18 @@ def cgroup(data: bytes) -> None:
         assert cgroups.pod_of(below, _ROOTS) in (owner, Stranger.UNKNOWN) or b" (deleted)" in data
 
 
+def checkpoint(data: bytes) -> None:
+    """The kubelet's checkpoint: read whole, or refused; never more devices than it has text for."""
+    try:
+        held = kubelet.parse(data, ("nvidia.com/*",))
+    except ValueError:
+        return
+    for each in held:
+        assert each.resource.startswith("nvidia.com/")
+        uuid = kubelet.uuid_of(each.device)
+        assert uuid is None or uuid in each.device
+
+
 def ledger(data: bytes) -> None:
     """Any bytes in the ledger's place: adopted whole, or kept aside; it works from then on."""
     if _KNOWN.search(data):
@@ -119,13 +131,15 @@ def _load(book: Ledger, folder: Path, generations: list[bytes]) -> None:
 
 
 def annotation(data: bytes) -> None:
-    """Decimal watts and nothing else, to the milliwatt; as another reader of the grammar has it."""
+    """Decimal watts and nothing else, to the milliwatt below; as another reader of the grammar has it."""
     text = data.decode("utf-8", "replace")
     wish = read(text)
     assert wish.raw == text[: m.RAW_CHARS]
     expected = None
-    if re.fullmatch(r"[ \t]*[0-9]{1,6}(\.[0-9]{1,3})?[ \t]*", text, re.ASCII):
-        limit_mw = int(Decimal(text.strip(" \t")) * 1000)
+    blanks = " \t\n\v\f\r"
+    if re.fullmatch(rf"[{blanks}]*\+?[0-9]{{1,6}}(\.[0-9]+)?[{blanks}]*", text, re.ASCII):
+        with localcontext(prec=len(text) + 8):
+            limit_mw = int(Decimal(text.strip(blanks)) * 1000)
         expected = limit_mw if 0 < limit_mw <= MAX_MW else None
     assert wish.limit_mw == expected, text
     assert (expected is None) == bool(wish.problem)
@@ -234,6 +248,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "request": request,
     "cgroup": cgroup,
     "ledger": ledger,
+    "checkpoint": checkpoint,
     "annotation": annotation,
     "watch": watch,
     "pod_list": pod_list,

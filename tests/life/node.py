@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, cast
 
 from enforcer.agent import Agent, World
 from enforcer.bus import Bus
+from enforcer.kubelet import Kubelet
 from enforcer.ledger import Ledger
 from enforcer.nvml import Nvml
 from enforcer.processes import Processes
@@ -23,6 +24,7 @@ from enforcer.procfs import ProcessReader
 from enforcer.report import about
 from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
+from enforcer.sources import Joined, Source
 from shared import messages as m
 from shared.settings import parse_settings
 from tests.life.hardware import HandClock
@@ -108,9 +110,13 @@ class LifeNode(EnforcerNode):
         assert self.ledger.try_lock()
         for line in self.ledger.load():
             self.log.warning("ledger", why=line)
-        source = Processes(self.nvml, ProcessReader(config.proc_root, ("/",)))
+        source: Source = Processes(self.nvml, ProcessReader(config.proc_root, ("/",)))
+        kubelet = None
+        if config.kubelet_dir is not None:
+            kubelet = Kubelet(config.kubelet_dir, config.kubelet_resources, self.log)
+            source = Joined(source, kubelet)
         server = cast("Server", self.server)
-        world = World(server, self.nvml, source, Bus(config.sysfs_root), self.clock)
+        world = World(server, self.nvml, source, Bus(config.sysfs_root), self.clock, kubelet)
         me = about(config, ("/",), self.ledger.path)
         self.agent = Agent(config, self.log, world, self.ledger, me)
         self.log.info("started", owned=len(self.ledger.entries))

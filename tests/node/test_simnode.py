@@ -152,7 +152,7 @@ def test_up_overwrites_no_kubeconfig(tmp_path: Path) -> None:
 def test_the_tour_passes() -> None:
     done = _demo()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all 24 checks" in done.stdout
+    assert "all 27 checks" in done.stdout
     assert "\x1b" not in done.stdout  # no terminal, no colours
 
 

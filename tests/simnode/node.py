@@ -21,6 +21,7 @@ from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError, ask
 from shared.units import format_watts
 from tests.pages import page
+from tests.simnode.checkpoint import Checkpoint
 from tests.simnode.controlplane import ControlPlane
 from tests.simnode.controlplane_process import free_ports
 from tests.simnode.gpus import Kind, SimGpus
@@ -123,6 +124,7 @@ class SimNode:
             folder.mkdir()
             folder.chmod(0o755)
         self.run_dir, self.state_dir = self.folder / "run", self.folder / "state"
+        self.checkpoint = Checkpoint(self.folder / "kubelet")
         place = None if self._made_up_proc else real_cgroups(own, self.guardian)
         self.place = place or MadeUpProc(self.folder / "proc", f"/{own}")
         self.workers = Workers(self.place, self._driver)
@@ -156,6 +158,7 @@ class SimNode:
             "KUBECONFIG": str(self.watcher_kubeconfig),
             "POWER_AGENT_RUN_DIR": str(self.run_dir),
             "POWER_AGENT_STATE_DIR": str(self.state_dir),
+            "POWER_AGENT_KUBELET_DIR": str(self.checkpoint.root),
             "POWER_AGENT_PROC_ROOT": str(self.place.proc_root),
             "POWER_AGENT_CGROUP_ROOT": self.place.cgroup_root,
             "POWER_AGENT_WATCHER_UID": str(self.watcher_uid),
@@ -298,6 +301,10 @@ class SimNode:
         worker = self.workers.of_pod(pod.cgroup_uid, [self.gpus[k] for k in gpus], kind=kind)
         pod.workers.append(worker)
         return worker
+
+    def assign(self, pod: Pod, gpus: Sequence[int]) -> None:
+        """As the kubelet does at the pod's admission; its containers come later."""
+        self.checkpoint.assign(pod.cgroup_uid, *(self.gpus[k].uuid for k in gpus))
 
     def restart_worker(self, pod: Pod, gpus: Sequence[int]) -> Worker:
         """Its container failed and starts anew: another process, the same pod."""

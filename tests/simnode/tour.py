@@ -79,6 +79,7 @@ class Tour:
         self._loses_the_api(trainer)
         self._drifts()
         self._deletes(trainer)
+        self._starts_limited()
         self._stops()
         return self._ends()
 
@@ -176,6 +177,22 @@ class Tour:
         since = time.monotonic_ns()
         self._node.delete_pod(trainer)
         self._limit(since, {k: self._found_mw[k] / 1000 for k in (0, 1)})
+
+    def _starts_limited(self) -> None:
+        worker = self._node.add_pod("worker", limit=280)
+        self._step(
+            "A pod is assigned GPU 2: the limit stands, then its process starts",
+            "kubectl apply -f worker.yaml   # annotated with 280, nvidia.com/gpu: 1",
+        )
+        since = time.monotonic_ns()
+        self._node.assign(worker, [2])
+        self._limit(since, {2: 280})
+        self._state(worker, "enforced")
+        self._node.add_worker(worker, [2])
+        self._command("kubectl delete pod worker   # the kubelet still names it")
+        since = time.monotonic_ns()
+        self._node.delete_pod(worker)
+        self._limit(since, {2: self._found_mw[2] / 1000})
 
     def _stops(self) -> None:
         server = self._node.add_pod("server", limit=500, gpus=[2])

@@ -136,7 +136,7 @@ def test_the_overlays_of_the_examples_build(deploy: Path) -> None:
     bare, combined = made
     assert "runtimeClassName" not in template(bare)["spec"]
     mounted = {each["name"] for each in containers(bare)["enforcer"]["volumeMounts"]}
-    assert mounted == {"run", "state", "driver"}
+    assert mounted == {"run", "state", "kubelet", "driver"}
     enforcer = containers(combined)["enforcer"]
     assert enforcer["image"] == "images.example.com/dynamo/power-agent:v1.0.0"
     assert enforcer["securityContext"]["privileged"] is False

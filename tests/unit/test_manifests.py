@@ -163,7 +163,13 @@ def test_the_enforcer_may_set_limits_and_write_only_its_two_folders(
         "readOnlyRootFilesystem": True,
     }
     assert environment(enforcer)["NVIDIA_VISIBLE_DEVICES"] == "all"
-    assert set(mounts(enforcer)) == {"run", "state"}
+    assert set(mounts(enforcer)) == {"run", "state", "kubelet"}
+    # No more of the kubelet's root: pods' secrets lie there.
+    assert mounts(enforcer)["kubelet"] == {
+        "name": "kubelet",
+        "mountPath": "/var/lib/kubelet/device-plugins",
+        "readOnly": True,
+    }
     assert not enforcer.get("ports")
 
 

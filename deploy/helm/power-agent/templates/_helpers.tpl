@@ -38,6 +38,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "power-agent.ownProcRoot" -}}
 {{- with .Values.settings.procRoot }}{{ if ne . "/proc" }}{{ . }}{{ end }}{{ end }}
 {{- end }}
+{{- define "power-agent.kubeletDir" -}}
+{{- $dir := .Values.settings.kubeletDir | default "/var/lib/kubelet" }}
+{{- if ne $dir "off" }}{{ trimSuffix "/" $dir }}{{ end }}
+{{- end }}
 {{- define "power-agent.metricsPort" -}}
 {{- $address := .Values.settings.metricsAddr | default ":9100" }}
 {{- if ne $address "off" }}{{ last (splitList ":" $address) }}{{ end }}
@@ -94,6 +98,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   (list "POWER_AGENT_PROC_ROOT" $s.procRoot)
   (list "POWER_AGENT_SYSFS_ROOT" $s.sysfsRoot)
   (list "POWER_AGENT_CGROUP_ROOT" $s.cgroupRoot)
+  (list "POWER_AGENT_KUBELET_DIR" (include "power-agent.kubeletDir" . | default nil))
+  (list "POWER_AGENT_KUBELET_RESOURCES" $s.kubeletResources)
 ) }}
 {{- end }}
 
@@ -182,6 +188,11 @@ exec:
   mountPath: {{ include "power-agent.runDir" . }}
 - name: state
   mountPath: {{ include "power-agent.stateDir" . }}
+{{- with include "power-agent.kubeletDir" . }}
+- name: kubelet
+  mountPath: {{ . }}/device-plugins
+  readOnly: true
+{{- end }}
 {{- with include "power-agent.ownProcRoot" . }}
 - name: proc
   mountPath: {{ . }}

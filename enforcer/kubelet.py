@@ -1,0 +1,159 @@
+"""Which GPUs the kubelet has assigned to which pod, from its device checkpoint: the second source.
+
+It knows no NVML and no process. The file is the kubelet's own and no interface ("fragile", as its
+authors say), so it is read strictly: what is not as expected is unknown, and processes alone count.
+An entry of a pod that is gone may stay in it for long (kubernetes #137010): policy counts only
+those of pods that live.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from enforcer.device import Board
+from enforcer.sources import Assignment
+from shared.logs import Log
+
+# pkg/kubelet/cm/devicemanager: Allocate writes it at a pod's admission, before any container is
+# made, by a rename in the same folder.
+CHECKPOINT = "device-plugins/kubelet_internal_checkpoint"
+_MAX_BYTES = 4 << 20
+_Text = Annotated[str, Meta(max_length=256)]
+_Ids = Annotated[list[_Text], Meta(max_length=4096)]
+
+
+class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
+    """checkpoint.PodDevicesEntry; ids by NUMA node, or a plain list before Kubernetes 1.20."""
+
+    PodUID: _Text
+    ContainerName: _Text
+    ResourceName: _Text
+    DeviceIDs: dict[_Text, _Ids] | _Ids | None
+    AllocResp: str | None = None
+
+    def ids(self) -> list[str]:
+        found = self.DeviceIDs or []
+        if isinstance(found, dict):
+            return [each for ids in found.values() for each in ids]
+        return found
+
+
+class _Data(Struct, frozen=True, forbid_unknown_fields=True):
+    PodDeviceEntries: Annotated[list[_Entry], Meta(max_length=4096)] | None
+    RegisteredDevices: dict[_Text, _Ids | None] | None
+
+
+class _Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
+    Data: _Data
+    # Go's hash of a printed struct: nobody else can compute it.
+    Checksum: int
+
+
+_decoder = msgspec.json.Decoder(_Checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One device of one container, as the checkpoint has it."""
+
+    pod: str
+    container: str
+    resource: str
+    device: str
+
+
+def parse(text: bytes, resources: Sequence[str]) -> frozenset[Held]:
+    """Return the devices of these resources, given as patterns; raises ValueError if it is odd."""
+    try:
+        data = _decoder.decode(text).Data
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)[:200]) from error
+    return frozenset(
+        Held(entry.PodUID, entry.ContainerName, entry.ResourceName, device)
+        for entry in data.PodDeviceEntries or ()
+        if any(fnmatchcase(entry.ResourceName, pattern) for pattern in resources)
+        for device in entry.ids()
+    )
+
+
+# A GPU's UUID, alone or as a replica for time-slicing and MPS (`GPU-…::3`), and a MIG instance's
+# old name, which holds it. Other names (an index, nvidia0, MIG-…) depend on what the plugin has
+# seen at its start: they are not taken for a GPU that they may not mean.
+_NAMES = re.compile(r"(?:MIG-(?=GPU-.*/))?(GPU-[0-9a-fA-F-]{36})(?:::[0-9]+|/[0-9]+/[0-9]+)?")
+
+
+def uuid_of(device: str) -> str | None:
+    """Return the UUID of the GPU that a device id names without doubt, None where it does not."""
+    match = _NAMES.fullmatch(device)
+    return match[1] if match else None
+
+
+class Kubelet:
+    """What the checkpoint says, read again only when the file has changed."""
+
+    def __init__(self, root: Path, resources: Sequence[str], log: Log) -> None:
+        """Prepare; nothing is read before `assigned`."""
+        self._path = root / CHECKPOINT
+        self._resources = tuple(resources)
+        self._log = log
+        self._seen: tuple[int, int, int] | None = None
+        self._by_uuid: dict[str, tuple[Assignment, ...]] = {}
+        self.state = "not read yet"
+
+    def assigned(self, board: Board) -> tuple[Assignment, ...]:
+        """Return the pods that a GPU is assigned to.
+
+        While the file cannot be read, what it said last holds: a pod keeps its devices for life.
+        """
+        self._refresh()
+        return self._by_uuid.get(board.uuid, ())
+
+    def _refresh(self) -> None:
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - called often
+            seen = found.st_ino, found.st_mtime_ns, found.st_size
+            if seen == self._seen:
+                return
+            self._take(self._read())
+            self._seen = seen
+        except OSError as error:
+            self._say(f"{self._path}: {error.strerror}")
+        except ValueError as error:
+            self._seen = seen  # it will not be better before it is written again
+            self._say(f"{self._path}: not a checkpoint that is known here: {error}")
+        else:
+            self._say("ok")
+
+    def _read(self) -> bytes:
+        with open(self._path, "rb", opener=_open_file) as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        return text
+
+    def _take(self, text: bytes) -> None:
+        by_uuid: dict[str, list[Assignment]] = {}
+        for held in sorted(parse(text, self._resources), key=lambda held: (held.pod, held.device)):
+            uuid = uuid_of(held.device)
+            if uuid is not None:
+                shown = f"{held.resource} {held.device} of container {held.container}"
+                by_uuid.setdefault(uuid, []).append(Assignment(held.pod, shown))
+        self._by_uuid = {uuid: tuple(found) for uuid, found in by_uuid.items()}
+
+    def _say(self, state: str) -> None:
+        if state != self.state:
+            say = self._log.info if state == "ok" else self._log.warning
+            say("kubelet", why=state)
+        self.state = state
+
+
+def _open_file(path: str, flags: int) -> int:
+    # Not through a link, and a pipe in its place would block for ever.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

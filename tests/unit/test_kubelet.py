@@ -1,0 +1,163 @@
+"""The kubelet's checkpoint: what is read, and that an odd one is unknown, not empty."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enforcer.device import Board
+from enforcer.kubelet import CHECKPOINT, Held, Kubelet, parse, uuid_of
+from shared.logs import Log
+from tests.simnode.checkpoint import Checkpoint
+
+GPU = "GPU-5c0e2d0a-37b0-4d8a-8f0e-0d3d6f6c2b11"
+OTHER = "GPU-00000000-37b0-4d8a-8f0e-0d3d6f6c2b12"
+POD = "2c1f7a54-0b6e-4d0b-9a51-3f4f7c9f0a11"
+ALL = ("nvidia.com/*",)
+
+
+def entry(**changed: object) -> dict[str, object]:
+    plain: dict[str, object] = {
+        "PodUID": POD,
+        "ContainerName": "main",
+        "ResourceName": "nvidia.com/gpu",
+        "DeviceIDs": {"-1": [GPU]},
+        "AllocResp": "AAAA",
+    }
+    return plain | changed
+
+
+def text(*entries: object, **more: object) -> bytes:
+    data = {"PodDeviceEntries": list(entries), "RegisteredDevices": {"nvidia.com/gpu": [GPU]}}
+    return json.dumps({"Data": data, "Checksum": 18_446_744_073_709_551_615} | more).encode()
+
+
+# By hand, after pkg/kubelet/cm/devicemanager/checkpoint of the versions named.
+@pytest.mark.parametrize(
+    ("sample", "devices"),
+    [
+        pytest.param(text(entry()), [GPU], id="1.20-to-1.37"),
+        pytest.param(text(entry(DeviceIDs={"0": [GPU], "1": [OTHER]})), [GPU, OTHER], id="numa"),
+        pytest.param(text(entry(DeviceIDs=[GPU])), [GPU], id="before-1.20"),
+        pytest.param(text(entry(AllocResp=None)), [GPU], id="no-answer-kept"),
+        pytest.param(text(entry(ResourceName="nvidia.com/gpu.shared")), [GPU], id="shared"),
+        pytest.param(text(entry(ResourceName="example.com/nic")), [], id="another-vendors"),
+        pytest.param(text(), [], id="none"),
+        pytest.param(
+            b'{"Data":{"PodDeviceEntries":null,"RegisteredDevices":{}},"Checksum":1}', [], id="new"
+        ),
+    ],
+)
+def test_checkpoints_of_kubelets(sample: bytes, devices: list[str]) -> None:
+    assert sorted(held.device for held in parse(sample, ALL)) == sorted(devices)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        text(entry())[:-1],
+        text(entry(PodUID=7)),
+        text(entry(DeviceIDs={"0": GPU})),
+        text(entry(DeviceIDs=[[GPU]])),
+        text(entry(PodUID="x" * 257)),
+        text(entry(Claim="of a newer kubelet")),
+        text(entry(), Version=3),
+        text({"PodUID": POD}),
+        text(*[entry()] * 4097),
+        b"\xff\xfe" + text(entry()),
+        b"[" * 100_000,
+    ],
+    ids=str,
+)
+def test_what_is_not_as_expected_is_refused_whole(sample: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse(sample, ALL)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.binary(max_size=300) | st.text(max_size=200).map(str.encode))
+def test_no_bytes_raise_anything_else(data: bytes) -> None:
+    try:
+        found = parse(data, ALL)
+    except ValueError:
+        return
+    assert all(isinstance(held, Held) for held in found)
+
+
+@pytest.mark.parametrize(
+    ("device", "uuid"),
+    [
+        (GPU, GPU),
+        (f"{GPU}::0", GPU),
+        (f"{GPU}::17", GPU),
+        (f"MIG-{GPU}/7/0", GPU),
+        ("MIG-41c2a8a6-8a30-5a2e-a1c5-0d3d6f6c2b11", None),
+        (f"MIG-{GPU}", None),
+        (f"{GPU}::", None),
+        (f"{GPU}::a", None),
+        (f"{GPU} ", None),
+        (f"x{GPU}", None),
+        ("0", None),
+        ("nvidia0", None),
+        ("nvidia0/gi1", None),
+        ("", None),
+    ],
+)
+def test_only_names_without_doubt_mean_a_gpu(device: str, uuid: str | None) -> None:
+    assert uuid_of(device) == uuid
+
+
+class Lines(Log):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__("enforcer", "info", "json")
+        self.said: list[object] = []
+
+    def _write(self, level: str, event: str, values: dict[str, object]) -> None:
+        self.said.append((level, event, values["why"]))
+
+
+def test_what_was_read_last_holds_while_the_file_cannot_be_read(tmp_path: Path) -> None:
+    log, checkpoint = Lines(), Checkpoint(tmp_path)
+    kubelet = Kubelet(tmp_path, ALL, log)
+    board = Board(GPU, 0, None)
+    assert kubelet.assigned(board) == ()
+    assert str(tmp_path / CHECKPOINT) in kubelet.state
+    checkpoint.assign(POD, f"{GPU}::1", container="server")
+    (held,) = kubelet.assigned(board)
+    assert held.pod == POD
+    assert held.evidence == f"nvidia.com/gpu {GPU}::1 of container server"
+    assert kubelet.assigned(Board(OTHER, 1, None)) == ()
+    assert kubelet.state == "ok"
+    for damage in (b"{", b" " * (4 << 20) + b"{}"):
+        checkpoint.path.write_bytes(damage)
+        assert kubelet.assigned(board) == (held,)
+        assert kubelet.assigned(board) == (held,)
+        assert kubelet.state != "ok"
+    checkpoint.path.unlink()
+    assert kubelet.assigned(board) == (held,)
+    checkpoint.forget([POD])
+    assert kubelet.assigned(board) == ()
+    assert len(log.said) == 6  # each state once
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_lies_in_its_place_does_not_block_or_lead_elsewhere(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / CHECKPOINT).parent.mkdir()
+    make(tmp_path / CHECKPOINT)
+    kubelet = Kubelet(tmp_path, ALL, Lines())
+    assert kubelet.assigned(Board(GPU, 0, None)) == ()
+    assert kubelet.state != "ok"
