@@ -131,7 +131,7 @@ def _load(book: Ledger, folder: Path, generations: list[bytes]) -> None:
 
 
 def annotation(data: bytes) -> None:
-    """Decimal watts and nothing else, to the milliwatt below; as another reader of the grammar has it."""
+    """Decimal watts, to the milliwatt below, and nothing else: as another reader of the grammar."""
     text = data.decode("utf-8", "replace")
     wish = read(text)
     assert wish.raw == text[: m.RAW_CHARS]
