@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.kube.chart import CHART, DEPLOY, NAMESPACE, helm, kustomize, render
 from tests.kube.conftest import MakeNode
@@ -54,6 +55,14 @@ CHARTS: dict[str, Object] = {
     "namespaced": {"settings": {"watchNamespace": "default", "events": True}},
     "supervised": {"supervised": True, "privileges": "minimal"},
     "no metrics": {"settings": {"metricsAddr": "off"}, "runtimeClassName": ""},
+    "names and accounts": {
+        "fullnameOverride": "gpu-power", "serviceAccount": {"create": False, "name": "own"},
+        "terminationGracePeriodSeconds": 61, "seLinux": {"enabled": True}, "privileges": "minimal",
+    },
+    **{
+        path.stem: yaml.safe_load(path.read_text())
+        for path in sorted((DEPLOY / "helm/power-agent").glob("values-*.yaml"))
+    },
 }  # fmt: skip
 
 

@@ -62,6 +62,8 @@ SAME: dict[str, tuple[str, Object]] = {
     "namespaced": ("overlays/namespaced", {"settings": {"watchNamespace": "default"}}),
     "dry-run": ("overlays/dry-run", {"settings": {"dryRun": True}}),
     "monitoring": ("overlays/monitoring", {"monitoring": MONITORING}),
+    "selinux": ("overlays/selinux", {"seLinux": {"enabled": True}}),
+    "openshift": ("overlays/openshift", {"openshift": {"enabled": True}}),
 }
 
 
@@ -324,7 +326,7 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "tag that is no tag": ({"image": {"tag": "v1 0"}}, "a released version such as v1.0.0"),
     "digest that is none": ({"image": {"digest": "sha256:1"}}, "sha256:<64 hex digits>"),
     "a stop longer than the pod is given": (
-        {"settings": {"exitSeconds": 26}}, "between 0.05 and 25",
+        {"settings": {"exitSeconds": 26}}, "settings.exitSeconds=26, so a stop would be cut off",
     ),
     "a stop longer than supervisord waits": (
         {"settings": {"exitSeconds": 14}, "supervised": True}, "set it to at most 13",
@@ -481,3 +483,121 @@ def test_the_chart_packages_whole(tmp_path: Path) -> None:
     ).stdout.split()  # fmt: skip
     sources = {str(path.relative_to(CHART)) for path in CHART.rglob("*") if path.is_file()}
     assert {each.removeprefix("power-agent/") for each in listed} == sources
+
+
+# ---------------------------------------------------------------------- platforms, names, accounts
+
+PLATFORMS = sorted(CHART.glob("values-*.yaml"))
+
+
+def of_platform(name: str) -> list[Object]:
+    return render(yaml.safe_load((CHART / f"values-{name}.yaml").read_text()))
+
+
+def test_each_platform_has_its_values() -> None:
+    assert [path.stem.removeprefix("values-") for path in PLATFORMS] == [
+        "bottlerocket",
+        "eks",
+        "gke",
+        "gpu-operator-cdi",
+        "k0s",
+        "microk8s",
+        "openshift",
+        "rke2",
+    ]
+
+
+def test_gke_has_no_runtime_class_and_brings_the_library_from_the_node() -> None:
+    spec = template(of_platform("gke"))["spec"]
+    enforcer = containers(of_platform("gke"))["enforcer"]
+    assert "runtimeClassName" not in spec
+    assert not spec.get("nodeSelector")
+    assert literals(enforcer)["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    volumes = {each["name"]: each for each in spec["volumes"]}
+    assert volumes["driver"]["hostPath"]["path"] == "/home/kubernetes/bin/nvidia"
+    mounted = {each["name"]: each["mountPath"] for each in enforcer["volumeMounts"]}
+    assert mounted["driver"] == "/usr/local/nvidia"
+
+
+def test_cdi_is_asked_by_the_operators_annotation() -> None:
+    made = of_platform("gpu-operator-cdi")
+    annotations = template(made)["metadata"]["annotations"]
+    key = "nvidia.cdi.k8s.io/container.enforcer"
+    assert annotations[key] == "management.nvidia.com/gpu=all"
+    assert "runtimeClassName" not in template(made)["spec"]
+    assert literals(containers(made)["enforcer"])["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
+@pytest.mark.parametrize("name", ["rke2", "bottlerocket"])
+def test_with_selinux_the_watcher_may_connect(name: str) -> None:
+    found = containers(of_platform(name))
+    wanted = {"type": "spc_t", "level": "s0"}
+    assert found["watcher"]["securityContext"]["seLinuxOptions"] == wanted
+    assert "seLinuxOptions" not in found["enforcer"]["securityContext"]  # privileged has it anyway
+
+
+def test_with_selinux_and_few_privileges_the_enforcer_needs_it_too() -> None:
+    found = containers(render({"seLinux": {"enabled": True}, "privileges": "minimal"}))
+    for each in found.values():
+        assert each["securityContext"]["seLinuxOptions"] == {"type": "spc_t", "level": "s0"}
+
+
+def test_openshift_binds_a_constraint_to_the_account() -> None:
+    binding = named(of_platform("openshift"))["RoleBinding", "power-agent-scc"]
+    assert binding["roleRef"]["name"] == "system:openshift:scc:privileged"
+    assert binding["subjects"][0]["name"] == "power-agent"
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [("k0s", "/var/lib/k0s/kubelet"), ("microk8s", "/var/snap/microk8s/common/var/lib/kubelet")],
+)
+def test_another_kubelets_root_is_mounted_and_named(name: str, root: str) -> None:
+    made = of_platform(name)
+    assert literals(containers(made)["enforcer"])["POWER_AGENT_KUBELET_DIR"] == root
+    volumes = {each["name"]: each for each in template(made)["spec"]["volumes"]}
+    assert volumes["kubelet"]["hostPath"]["path"] == f"{root}/device-plugins"
+
+
+def test_without_the_kubelets_word_nothing_of_it_is_mounted() -> None:
+    made = render({"settings": {"kubeletDir": "off"}})
+    assert "POWER_AGENT_KUBELET_DIR" not in literals(containers(made)["enforcer"])
+    assert "kubelet" not in {each["name"] for each in template(made)["spec"]["volumes"]}
+
+
+def test_an_account_of_ones_own_is_bound_and_not_made() -> None:
+    made = render({"serviceAccount": {"create": False, "name": "own"}})
+    assert "ServiceAccount" not in kinds(made)
+    assert template(made)["spec"]["serviceAccountName"] == "own"
+    assert named(made)["ClusterRoleBinding", "power-agent"]["subjects"][0]["name"] == "own"
+
+
+def test_an_account_has_the_annotations_that_it_is_given() -> None:
+    made = render({"serviceAccount": {"annotations": {"a": "b"}}, "rbac": {"create": False}})
+    assert named(made)["ServiceAccount", "power-agent"]["metadata"]["annotations"] == {"a": "b"}
+    assert not {each for each in kinds(made) if "Role" in each}
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"fullnameOverride": "gpu-power"}, "gpu-power"),
+        ({"nameOverride": "limits"}, "power-agent-limits"),
+    ],
+)
+def test_names_can_be_overridden_and_the_contracts_labels_stay(values: Object, name: str) -> None:
+    made = named(render(values))
+    assert ("DaemonSet", name) in made
+    labels = made["DaemonSet", name]["spec"]["template"]["metadata"]["labels"]
+    assert labels["app"] == "power-agent"
+    assert labels["app.kubernetes.io/component"] == "agent"
+
+
+def test_the_grace_period_is_longer_than_a_stop_takes() -> None:
+    made = render({"terminationGracePeriodSeconds": 65, "settings": {"exitSeconds": 60}})
+    assert template(made)["spec"]["terminationGracePeriodSeconds"] == 65
+    for values in (
+        {"terminationGracePeriodSeconds": 14},
+        {"settings": {"exitSeconds": 30}},
+    ):
+        assert "so a stop would be cut off before GPUs are given back" in refusal(values)

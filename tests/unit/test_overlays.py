@@ -54,7 +54,15 @@ CONTAINER = ".DaemonSet/power-agent.spec.template.spec.containers"
 
 
 def test_these_are_all_and_each_has_its_component() -> None:
-    assert OVERLAYS == ["dry-run", "monitoring", "namespaced", "reduced-privileges", "supervised"]
+    assert OVERLAYS == [
+        "dry-run",
+        "monitoring",
+        "namespaced",
+        "openshift",
+        "reduced-privileges",
+        "selinux",
+        "supervised",
+    ]
     assert sorted(each.name for each in (DEPLOY / "components").iterdir()) == OVERLAYS
 
 

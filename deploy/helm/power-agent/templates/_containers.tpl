@@ -21,6 +21,9 @@
       drop: ["ALL"]
     seccompProfile:
       type: RuntimeDefault
+    {{- with include "power-agent.seLinux" .Values }}
+    {{- . | nindent 4 }}
+    {{- end }}
   {{- if include "power-agent.metricsPort" . }}
   # Two minutes: where all processors are busy its start takes many seconds.
   startupProbe:

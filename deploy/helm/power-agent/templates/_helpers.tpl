@@ -1,7 +1,11 @@
 {{- /* Names, labels, and the parts that both forms of the pod share. */ -}}
 
 {{- define "power-agent.name" -}}
-{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name }}{{ end }}
+{{- $chart := .Values.nameOverride | default .Chart.Name }}
+{{- if .Values.fullnameOverride }}{{ .Values.fullnameOverride }}{{ else if contains $chart .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-%s" .Release.Name $chart }}{{ end }}
+{{- end }}
+{{- define "power-agent.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default (include "power-agent.name" .) }}
 {{- end }}
 
 {{- define "power-agent.selector" -}}
@@ -12,6 +16,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- define "power-agent.labels" -}}
 {{ include "power-agent.selector" . }}
 app.kubernetes.io/name: power-agent
+app.kubernetes.io/component: agent
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
@@ -113,9 +118,13 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 {{- define "power-agent.gpuEnv" -}}
 - name: NVIDIA_VISIBLE_DEVICES
-  value: "all"
+  value: {{ .Values.driver.visibleDevices | quote }}
 - name: NVIDIA_DRIVER_CAPABILITIES
   value: "utility"
+{{- with .Values.driver.libraryPath }}
+- name: LD_LIBRARY_PATH
+  value: {{ . | quote }}
+{{- end }}
 {{- end }}
 
 {{- define "power-agent.watcherEnv" -}}
@@ -175,6 +184,16 @@ capabilities:
 # The runtime's profile forbids looking at processes that it does not confine, such as pid 1.
 appArmorProfile:
   type: Unconfined
+{{- include "power-agent.seLinux" .values }}
+{{- end }}
+{{- end }}
+
+{{- /* Under SELinux a container's own type may not connect to a privileged one's socket, and its
+categories keep it from the other container's files. */ -}}
+{{- define "power-agent.seLinux" -}}
+{{- if .seLinux.enabled }}
+seLinuxOptions:
+  {{- toYaml .seLinux.options | nindent 2 }}
 {{- end }}
 {{- end }}
 
@@ -191,6 +210,11 @@ exec:
 {{- with include "power-agent.kubeletDir" . }}
 - name: kubelet
   mountPath: {{ . }}/device-plugins
+  readOnly: true
+{{- end }}
+{{- if .Values.driver.hostPath }}
+- name: driver
+  mountPath: {{ .Values.driver.mountPath }}
   readOnly: true
 {{- end }}
 {{- with include "power-agent.ownProcRoot" . }}

@@ -16,6 +16,10 @@
 {{- if and .Values.supervised (gt (float64 (.Values.settings.exitSeconds | default 0)) 13.0) }}
 {{- fail (printf "settings.exitSeconds=%v is too long with supervised=true, where supervisord kills after 15: set it to at most 13" .Values.settings.exitSeconds) }}
 {{- end }}
+{{- $exit := float64 (.Values.settings.exitSeconds | default 10) }}
+{{- if gt (addf $exit 5.0) (float64 .Values.terminationGracePeriodSeconds) }}
+{{- fail (printf "terminationGracePeriodSeconds=%v is not 5 above settings.exitSeconds=%v, so a stop would be cut off before GPUs are given back: raise it" .Values.terminationGracePeriodSeconds $exit) }}
+{{- end }}
 {{- with .Values.settings.metricsAddr }}
 {{- if regexMatch "^(localhost|127\\..*|\\[?::(ffff:127\\..*|1)\\]?):[0-9]+$" . }}
 {{- fail (printf "settings.metricsAddr=%s: the kubelet's probes and Prometheus do not reach a pod's loopback: name 0.0.0.0 or [::] with the port, or off" .) }}
