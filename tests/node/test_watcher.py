@@ -527,6 +527,34 @@ def _exits_2(node: WatcherNode, *parts: str) -> None:
     assert node.sent() == []
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_a_proxy_is_told_at_the_start_and_in_errors_without_its_password(
+    node: WatcherNode, variable: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+    node.environment |= {
+        variable: f"http://user:s3cr3t%40@{address}",
+        "NO_PROXY": "",
+        "no_proxy": "",
+    }
+    node.start()
+    until(lambda: node.logs("kubernetes_failing"), "a word of the API")
+    (started,) = node.logs("started")
+    assert started["proxy"] == f"http://{address}"
+    (said, *_) = node.logs("kubernetes_failing")
+    assert f"(through the proxy http://{address})" in said["message"]
+    assert f"(through the proxy http://{address})" in node.page("/readyz")[1]
+    assert "s3cr3t" not in str(node.logs()) + node.errors + node.page("/readyz")[1]
+
+
+def test_where_no_proxy_covers_the_server_none_is_told(node: WatcherNode) -> None:
+    node.environment |= {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.0/8"}
+    node.started()
+    node.wait_for()
+    assert "proxy" not in node.logs("started")[0]
+
+
 def test_without_metrics_no_port_is_open(make: Make) -> None:
     node = make(POWER_AGENT_METRICS_ADDR="off")
     node.started()
