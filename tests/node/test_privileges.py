@@ -15,6 +15,7 @@ import pytest
 from shared.sockets import control_path
 from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
 from tests.simnode.programs import descriptors_of
+from tests.waiting import HANG_S
 
 CAPABILITIES = {"CAP_SYS_ADMIN": 21}  # linux/capability.h
 A = pod_uid(1)
@@ -175,7 +176,9 @@ def test_i7_a_token_in_the_enforcers_own_container_is_refused(
         "POWER_AGENT_STATE_DIR": str(tmp_path / "state"),
         "POWER_AGENT_PROC_ROOT": "/proc/self/root/proc",  # not /proc: no check at start
     }
-    command = ["timeout", "-s", "TERM", "2", "unshare", "--mount", "sh", "-c", script]
+    # Supervised it runs on until it is told to stop; else it ends by itself.
+    end_s = "8" if supervised == "true" else f"{HANG_S:g}"
+    command = ["timeout", "-s", "TERM", end_s, "unshare", "--mount", "sh", "-c", script]
     ended = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
