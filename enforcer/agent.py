@@ -25,7 +25,7 @@ from enforcer.ledger import Ledger, LedgerError
 from enforcer.policy import UNDECIDED, Decision, Desired, Link, Owned, plan
 from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
-from enforcer.sources import Assignments, Source
+from enforcer.sources import Assignments, Source, Tenants
 from enforcer.writeahead import entered
 from shared import messages as m
 from shared.logs import Log
@@ -71,8 +71,7 @@ class Agent:
         self._me = me
         self._desk = Desk(world.server, config, log, world.clock)
         self._announcer = Announcer(log, world.server, world.clock)
-        owned = ledger.entries
-        self._fleet = Fleet(owned, world.device, world.source, world.bus, world.clock)
+        self._fleet = Fleet(ledger.beside, world.device, world.source, world.bus, world.clock)
         self._agenda = Agenda.begin(config.scan_s, config.reconcile_s, world.clock.now_s())
         # What was known of the watcher at the last decision.
         self._link: Link = "unheard"
@@ -92,6 +91,7 @@ class Agent:
                 # Reading may have taken half a minute, and the watcher may be silent by now.
                 desired = self._desk.desired()
                 self._act(desired)
+                self._ledger.remember(self._beside())
             self._tell()
             self._move_on(desired, due)
         if self._may_answer():
@@ -336,6 +336,11 @@ class Agent:
         )
         for incoming, request in self._desk.taken():
             self._server.reply(incoming, report.answer(request, status))
+
+    def _beside(self) -> dict[str, Tenants]:
+        """Return who runs beside the pods of each GPU that is owned."""
+        owned = self._ledger.entries
+        return {gpu.uuid: gpu.beside for gpu in self._fleet if gpu.uuid in owned}
 
     # ---- the end ----
 

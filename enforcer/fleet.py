@@ -4,7 +4,7 @@ It holds the value of each GPU and replaces it by the next one. gpu.py says what
 driver.py says when a session is opened, and the loop (agent.py) does all writing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from enforcer import driver as sessions
@@ -14,7 +14,7 @@ from enforcer.device import Board, Device, DeviceError, Listing
 from enforcer.driver import Devices, Driver, Open, Shut, Step, View
 from enforcer.gpu import Gpu, Happening, Lost, Present
 from enforcer.policy import Desired
-from enforcer.sources import Source
+from enforcer.sources import Source, Tenants
 
 
 class Bus(Protocol):
@@ -28,14 +28,21 @@ class Fleet:
     """Every GPU that was ever seen or is owned, by UUID."""
 
     def __init__(
-        self, owned: Iterable[str], device: Device, source: Source, bus: Bus, clock: Clock
+        self,
+        owned: Mapping[str, Tenants],
+        device: Device,
+        source: Source,
+        bus: Bus,
+        clock: Clock,
     ) -> None:
-        """Prepare; nothing is opened before `keep_session`."""
+        """Prepare; nothing is opened before `keep_session`. `owned` has who ran beside its pods."""
         self._device = device
         self._source = source
         self._bus = bus
         self._clock = clock
-        self._gpus: dict[str, Gpu] = {uuid: Gpu(uuid) for uuid in owned}
+        self._gpus: dict[str, Gpu] = {
+            uuid: Gpu(uuid, beside=beside) for uuid, beside in owned.items()
+        }
         self._sessions = 0
         self._told: list[Happening] = []
         self.driver: Driver = Shut()

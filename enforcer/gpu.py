@@ -41,7 +41,7 @@ from typing import Literal
 
 from enforcer.device import UNKNOWN, UNREAD, Board, DeviceError, Facts, Reading
 from enforcer.policy import UNDECIDED, Action, Decision, Desired, Occupants, SeenGpu
-from enforcer.sources import Sighting
+from enforcer.sources import Sighting, Tenants
 from shared.pace import Backoff
 from shared.units import same_limit
 
@@ -86,9 +86,6 @@ class Present:
     since_s: float
     reading: Reading = UNREAD
     sighting: Sighting | None = None
-    # Who was seen on it together with the pods that it is kept for: they have not taken it. This
-    # is not in the ledger, so after a restart it is known again once the pods are seen.
-    beside: frozenset[str | int] = frozenset()
     is_default: bool = True
     cut_off_s: float | None = None
 
@@ -113,6 +110,8 @@ class Gpu:
     uuid: str
     where: Unseen | Lost | Present = UNSEEN
     facts: Facts = UNKNOWN
+    # Who was seen on it together with the pods that it is kept for: they have not taken it.
+    beside: Tenants = frozenset()
     decision: Decision = UNDECIDED
     said: str = UNDECIDED.state
     trouble: Trouble | None = None
@@ -194,7 +193,7 @@ def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list
     facts = board.facts.or_else(gpu.facts)
     where = Present(board, session, now_s)
     if isinstance(gpu.where, Present):
-        where = replace(where, since_s=gpu.where.since_s, beside=gpu.where.beside)
+        where = replace(where, since_s=gpu.where.since_s)
     if isinstance(gpu.where, Present) and gpu.where.session == session:
         before = gpu.where
         where = replace(where, is_default=before.is_default, cut_off_s=before.cut_off_s)
@@ -289,11 +288,11 @@ def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
     here = gpu.where
     if not isinstance(here, Present) or here.sighting == sighting:
         return gpu
-    beside = here.beside
+    beside = gpu.beside
     if sighting.occupants is not None:
         pods = frozenset(each for each in beside if isinstance(each, str))
         beside = pods | (beside & sighting.tenants)
-    return replace(gpu, where=replace(here, sighting=sighting, beside=beside))
+    return replace(gpu, where=replace(here, sighting=sighting), beside=beside)
 
 
 def _with_neighbours(gpu: Gpu, decision: Decision) -> Gpu:
@@ -301,19 +300,19 @@ def _with_neighbours(gpu: Gpu, decision: Decision) -> Gpu:
     here = gpu.where
     if not isinstance(here, Present) or here.sighting is None:
         return gpu
-    beside = here.beside
+    beside = gpu.beside
     if decision.neighbours:
         beside = beside | here.sighting.tenants
         if len(beside) > _NEIGHBOURS:
             beside = here.sighting.tenants
     elif decision.state == "free":
         beside = frozenset()
-    return gpu if beside == here.beside else replace(gpu, where=replace(here, beside=beside))
+    return gpu if beside == gpu.beside else replace(gpu, beside=beside)
 
 
-def _newcomers(here: Present) -> bool:
+def _newcomers(here: Present, beside: Tenants) -> bool:
     """Tell whether one runs on it that was never seen beside the pods that it is kept for."""
-    return here.sighting is None or bool(here.sighting.tenants - here.beside)
+    return here.sighting is None or bool(here.sighting.tenants - beside)
 
 
 def owners(gpu: Gpu) -> Occupants | None:
@@ -346,7 +345,7 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
     return SeenGpu(
         uuid=gpu.uuid,
         occupants=owners(gpu),
-        newcomers=_newcomers(gpu.where),
+        newcomers=_newcomers(gpu.where, gpu.beside),
         assigned=assigned(gpu),
         why_unseen=gpu.where.sighting.why if gpu.where.sighting else "",
         limit_mw=gpu.limit_mw,

@@ -20,10 +20,14 @@ from typing import Literal
 import msgspec
 
 from enforcer.policy import Owned
+from enforcer.sources import Tenants
 
 _FILE = "ledger.json"
 _BEFORE = "ledger.previous.json"
 _NEXT = "ledger.next"
+# Not in the ledger's own file: an older version would take a field that it lacks for damage.
+_BESIDE = "beside.json"
+_BESIDE_NEXT = "beside.next"
 _LOCK = "lock"
 _VERSION: Literal[1] = 1
 _MAX_BYTES = 4 << 20
@@ -66,6 +70,7 @@ class Ledger:
         self.path = state_dir / _FILE
         self._boot_id = boot_id
         self.entries: Mapping[str, Owned] = {}
+        self.beside: Mapping[str, Tenants] = {}
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._dir = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -115,10 +120,38 @@ class Ledger:
                 said.append("the generation before it is adopted")
             if book.boot_id == self._boot_id:
                 self.entries = book.gpus
+                self.beside = self._beside()
             elif book.gpus:
                 said.append(f"of another boot, hardware forgot, dropped: {', '.join(book.gpus)}")
             break
         return said
+
+    def _beside(self) -> dict[str, Tenants]:
+        """Return who ran beside the pods of each entry, and these pods themselves.
+
+        Where the file cannot be read, all others are strangers, as on a GPU that is new.
+        """
+        found: dict[str, Tenants] = {}
+        with contextlib.suppress(*_DAMAGE), open(_BESIDE, "rb", opener=self._open_to_read) as file:
+            found = msgspec.json.decode(file.read(_MAX_BYTES), type=dict[str, Tenants])
+        return {
+            uuid: found.get(uuid, frozenset()) | owned.pods | owned.aliases
+            for uuid, owned in self.entries.items()
+        }
+
+    def remember(self, beside: Mapping[str, Tenants]) -> None:
+        """Keep who runs beside the pods of each GPU, so that a crash makes nobody a stranger (I9).
+
+        It need not wait for the disk, and may fail: what is lost so is known again once the pods
+        are seen.
+        """
+        if beside == self.beside:
+            return
+        self.beside = beside
+        with contextlib.suppress(OSError):
+            with open(_BESIDE_NEXT, "wb", opener=self._open) as file:
+                file.write(msgspec.json.encode(beside))
+            os.rename(_BESIDE_NEXT, _BESIDE, src_dir_fd=self._dir, dst_dir_fd=self._dir)
 
     def _move_aside(self, name: str, error: Exception) -> str:
         aside = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"

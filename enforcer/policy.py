@@ -370,9 +370,10 @@ class _Case:
         who = self.gpu.occupants
         if not who or Stranger.UNKNOWN in who:
             return False
-        if self.desired.pods_among(who) & (self._ids() | self.desired.pods.keys()):
+        uids = self.desired.pods_among(who)
+        if uids & (self._ids() | self.desired.pods.keys()) or self.desired.never_told_of(uids):
             return False
-        # Who ran beside its pods has not taken it, and a pod of which nothing is known may be its.
+        # Who ran beside its pods has not taken it.
         return self.gpu.newcomers
 
     def _give_back(self, why: str) -> Decision:

@@ -10,6 +10,10 @@ from enforcer.device import Board
 from enforcer.policy import Occupants, Stranger
 
 
+# What tells holders apart: a pod's id, which its restarts share, or a process's number.
+Tenants = frozenset[str | int]
+
+
 @dataclass(frozen=True, slots=True)
 class Occupant:
     """One holder of a GPU: any id of a pod, or a stranger, and what shows it."""
@@ -51,7 +55,7 @@ class Sighting:
         return frozenset(occupant.owner for occupant in self.occupants)
 
     @property
-    def tenants(self) -> frozenset[str | int]:
+    def tenants(self) -> Tenants:
         """What tells the holders from others; nothing where they are not known."""
         return frozenset(occupant.tenant for occupant in self.occupants or ())
 

@@ -53,6 +53,43 @@ def test_i9_whatever_happens_while_it_is_away_ends_as_without_the_crash(
         assert list(node.owned().values()) in ([650_000], [])
 
 
+@pytest.mark.parametrize("neighbour", ["host", "unannotated", "elsewhere", "annotated"])
+def test_i9_after_a_crash_who_ran_beside_the_worker_has_not_taken_its_gpu(neighbour: str) -> None:
+    pods = {A: 300.0} | ({B: 500.0} if neighbour == "annotated" else {})
+    others = [B] if neighbour == "unannotated" else []
+    with EnforcerNode() as node:
+        node.scope = "namespace" if neighbour == "elsewhere" else "node"
+        node.start()
+        pid = node.run_pod(A)
+        _ = node.run_host() if neighbour == "host" else node.run_pod(B)
+        node.snapshot(pods, others)
+        node.looks()
+        node.kill()
+        node.end(pid)  # the worker restarts meanwhile
+        node.start()
+        node.snapshot(pods, others)
+        node.looks()
+        assert node.limit() == 300
+        if neighbour != "annotated":
+            node.run_host()  # this one was never there
+            node.wait_limit(700)
+
+
+def test_i9_without_the_file_of_who_ran_beside_all_are_strangers() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.run_host()
+        node.snapshot({A: 300})
+        node.looks()
+        node.kill()
+        (node.state_dir / "beside.json").write_bytes(b"\x00garbage")
+        node.end(pid)
+        node.start()
+        node.snapshot({A: 300})
+        node.wait_limit(700)
+
+
 def test_i9_killed_again_and_again_the_original_stands() -> None:
     with EnforcerNode() as node:
         node.gpus[0].limit_mw = 650_000

@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import zmq
 
@@ -95,6 +95,7 @@ class EnforcerNode:
             **named(settings),
         }
         self.session, self.revision = uuid.uuid4().hex, 0
+        self.scope: Literal["node", "namespace"] = "node"  # of what the watcher is told
         self.process: subprocess.Popen[bytes] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._log, self._errors = self.folder / "log", self.folder / "errors"
@@ -260,6 +261,7 @@ class EnforcerNode:
             node="node-1",
             pods=listed,
             others=list(others),
+            scope=self.scope,
         )
 
     def send(self, message: m.Snapshot) -> m.Reply:
