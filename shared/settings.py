@@ -53,6 +53,14 @@ def _run_dir(value: str) -> Path:
     return path
 
 
+def without_password(url: str) -> str:
+    """Return the address of a proxy without user and password, whatever these hold."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or not scheme.isalnum():  # no scheme: the client takes http
+        scheme, rest = "http", url
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
 def seconds(value: str) -> float:
     """Return a number of seconds; raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", value) or not float(value) >= 0.05:

@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError, InsecureRequestWarning, ProtocolError
 from urllib3.poolmanager import pool_classes_by_scheme
 
 from shared import __version__
-from shared.settings import SettingsError
+from shared.settings import SettingsError, without_password
 
 _CONNECT_S = 5.0
 # An answer that may take longer is a watch: its head comes at once, or the server hangs.
@@ -121,10 +121,7 @@ class Api:
         """The proxy that requests go through, without its password; empty where there is none."""
         pool = self._pool
         url = getattr(pool, "proxy", None) or getattr(pool, "proxy_url", None)
-        if not url:
-            return ""
-        scheme, _, rest = str(url).rpartition("://")
-        return f"{scheme or 'http'}://{rest.rpartition('@')[2]}"
+        return without_password(str(url)) if url else ""
 
     @property
     def verifies(self) -> bool:
@@ -137,11 +134,11 @@ class Api:
         try:
             manager = RESTClientObject(configuration).pool_manager
         except (HTTPError, ImportError) as error:  # all else was tried before; for SOCKS: PySocks
-            scheme = urlsplit(configuration.host).scheme.upper()
-            proxy = str(configuration.proxy).rpartition("@")[2]  # without its password
+            scheme, proxy = urlsplit(configuration.host).scheme.upper(), str(configuration.proxy)
             raise SettingsError(
-                f"{scheme}_PROXY, ALL_PROXY or the kubeconfig's proxy-url={proxy!r}: "
-                f"{_one_line(error)}; write it as http://host:port or unset it"
+                f"{scheme}_PROXY, ALL_PROXY or the kubeconfig's "
+                f"proxy-url={without_password(proxy)!r}: {_why_no_proxy(proxy, error)}; "
+                "write it as http://host:port or unset it"
             ) from error
         # A SOCKS proxy has pools of its own. There a head is waited for as long as a body.
         if manager.pool_classes_by_scheme is pool_classes_by_scheme:
@@ -332,6 +329,13 @@ def _check(configuration: Configuration) -> None:
             context.load_cert_chain(*chain, password=lambda: b"")
     except OSError as error:
         raise ApiError(f"the client certificate cannot be used: {error}") from error
+
+
+def _why_no_proxy(proxy: str, error: Exception) -> str:
+    """Return why a proxy's address is not taken; urllib3's text may hold a part of its password."""
+    if "@" not in proxy or isinstance(error, ImportError):
+        return _one_line(error)
+    return "no address (in a password / ? # : @ are written as %2F %3F %23 %3A %40)"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from shared import messages
 from shared.nodes import CAP_DAC_OVERRIDE, DENIED, DEV, LOST, described, device_nodes, lets_in
 from shared.powerctl.check import LOG, WAITS, Check, fail, warn
+from shared.settings import without_password
 from shared.sockets import PULSE_OLDEST_S, control_path, events_path, pulse_path
 
 # PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: the first pid namespace's inode.
@@ -204,24 +205,29 @@ def proxy(environment: Mapping[str, str]) -> Iterator[Check]:
     Where a cluster puts HTTPS_PROXY into every pod, the watcher has it too, and the client that it
     uses honours it (urllib.request, getproxies_environment: lower case wins).
     """
-    names = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-    found = next((name for name in names if environment.get(name)), None)
+    found = _set(environment, "https_proxy") or _set(environment, "all_proxy")
     server = environment.get("KUBERNETES_SERVICE_HOST")
-    if found is None or server is None:
+    if not found or server is None:
         return
-    scheme, _, rest = environment[found].rpartition("://")
-    shown = f"{scheme or 'http'}://{rest.rpartition('@')[2]}"
-    excepted = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    if _is_excepted(server, excepted):
+    shown = without_password(environment[found])
+    excepted = environment.get(_set(environment, "no_proxy"), "")
+    if _is_excepted(server, environment.get("KUBERNETES_SERVICE_PORT", "443"), excepted):
         yield Check(name="proxy", seen=f"{found}={shown} does not bear on {server} (NO_PROXY)")
         return
     seen = f"{found}={shown} in this container; the watcher reaches the API server through it"
     yield warn("proxy", seen, f"unless that is meant, add {server} to NO_PROXY of the pod")
 
 
-def _is_excepted(server: str, excepted: str) -> bool:
+def _set(environment: Mapping[str, str], name: str) -> str:
+    """Return which of `name` and its upper case counts, empty where that is empty or not set."""
+    counts = name if name in environment else name.upper()
+    return counts if environment.get(counts) else ""
+
+
+def _is_excepted(server: str, port: str, excepted: str) -> bool:
+    address = f"[{server}]:{port}" if ":" in server else f"{server}:{port}"
     for entry in (part.strip() for part in excepted.split(",")):
-        if entry in ("*", server):
+        if entry in ("*", server, address):
             return True
         with contextlib.suppress(ValueError):
             network = ipaddress.ip_network(entry, strict=False)

@@ -1422,6 +1422,10 @@ def test_the_protocols_description_names_every_message_and_field() -> None:
         ({"NO_PROXY": "a,10.0.0.0/8"}, "ok", "does not bear on 10.1.2.3"),
         ({"NO_PROXY": "10.1.2.3"}, "ok", "does not bear on 10.1.2.3"),
         ({"NO_PROXY": "192.168.0.0/16,x"}, "warn", "HTTPS_PROXY"),
+        ({"NO_PROXY": "10.1.2.3:443"}, "ok", "does not bear on 10.1.2.3"),
+        ({"NO_PROXY": "10.1.2.3", "no_proxy": ""}, "warn", "HTTPS_PROXY"),
+        ({"HTTPS_PROXY": "http://u:p://x@h:1"}, "warn", "HTTPS_PROXY=http://h:1"),
+        ({"HTTPS_PROXY": "u:p/x@h:1"}, "warn", "HTTPS_PROXY=http://h:1"),
     ],
 )
 def test_doctor_knows_a_proxy_and_hides_its_password(
@@ -1433,6 +1437,7 @@ def test_doctor_knows_a_proxy_and_hides_its_password(
     assert shown in check.seen
     assert "u:p" not in check.seen
     assert list(node_checks.proxy({"KUBERNETES_SERVICE_HOST": "10.1.2.3"})) == []
+    assert list(node_checks.proxy(set_by_cluster | {"https_proxy": ""})) == []
 
 
 def test_powerctl_loads_neither_nvml_nor_kubernetes_nor_the_enforcer() -> None:

@@ -727,6 +727,38 @@ def test_what_a_refusal_says_is_kept_whatever_its_details(tmp_path: Path, detail
     assert failed.value.too_large == (details == CAUSE)
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://user:s3cret@127.0.0.1:1", "http://127.0.0.1:1"),
+        ("http://user:s3c@ret@127.0.0.1:1", "http://127.0.0.1:1"),
+        ("http://user:s3c%2Fret@127.0.0.1:1", "http://127.0.0.1:1"),
+        ("https://user:s3cret@127.0.0.1:1", "https://127.0.0.1:1"),
+        ("http://user:s3c/ret@127.0.0.1:1", None),
+        ("http://user:s3c/r@et@127.0.0.1:1", None),
+        ("http://user:s3c?ret@127.0.0.1:1", None),
+        ("http://user:s3c#ret@127.0.0.1:1", None),
+        ("http://user:s3c://ret@127.0.0.1:1", None),
+        ("user:s3cret@127.0.0.1:1", None),
+        ("s3c:ret@127.0.0.1:1", None),
+    ],
+)
+def test_a_proxys_password_is_in_nothing_that_is_said(
+    tmp_path: Path, url: str, shown: str | None
+) -> None:
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump(config({}, {"server": "http://10.0.0.1", "proxy-url": url})))
+    if shown is None:
+        with pytest.raises(SettingsError, match="127.0.0.1:1.*write it as http://host") as refused:
+            Api(str(path), in_kubernetes=False)
+        assert "s3c" not in str(refused.value)
+        return
+    with opened(path) as api, pytest.raises(ApiError, match=f"through the proxy {shown}") as failed:
+        ask(api)
+    assert api.proxy == shown
+    assert "s3c" not in str(failed.value)
+
+
 def test_half_open_connections_are_noticed_by_the_kernel(tmp_path: Path) -> None:
     """Keepalive as set on the real socket: a vanished peer is dropped after about 25 s."""
     with (
