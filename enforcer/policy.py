@@ -23,6 +23,7 @@ Link = Literal["living", "silent", "unheard", "expired", "stopping"]
 Stance = Literal["enforced", "clamped", "conflict", "held", "invalid"]
 # Times the most that a board takes.
 _MISTAKE = 10
+_TOO_MUCH = "ten times what it takes at most, or more; it is in watts, not milliwatts"
 _END = {"expired": "watcher silent for longer than the lease", "stopping": "the enforcer stops"}
 
 
@@ -261,8 +262,9 @@ class _Case:
             return self._hold(_never_told(unknown)) if raises else granted
         if ghosts:
             return self._hold(_still_runs(ghosts))
-        if self.owned and unknown:
-            return self._hold(_never_told(unknown))
+        if unknown:
+            why = _never_told(unknown)
+            return self._hold(why) if self.owned else Decision("free", f"left alone: {why}")
         if resting:
             return self._rest(resting)
         if occupied and not uids & mine & others:
@@ -309,6 +311,8 @@ class _Case:
             default_mw = default.for_gpu(self.gpu.default_mw)
             if default_mw is None:
                 return self._impossible(f"{default.percent}% of its default, which is not known")
+            if mistaken_units(default_mw, self.gpu.max_mw):
+                return self._impossible(f"the safe default of {w(default_mw)} W: {_TOO_MUCH}")
             why = f"safe default, {disagree or unusable}"
             return self._beside(ghosts, asking, may, default_mw, why)
         if ghosts:

@@ -46,7 +46,7 @@ class Server(socketserver.ThreadingTCPServer):
             self._listen(address)
         except (OSError, OverflowError) as error:
             raise SettingsError(
-                f"POWER_AGENT_METRICS_ADDR='{address.host}:{address.port}': {error}; "
+                f"POWER_AGENT_METRICS_ADDR='{address}': {error}; "
                 "choose an address that is free on this node, or off"
             ) from error
 

@@ -21,6 +21,11 @@ class Address:
     host: str
     port: int
 
+    def __str__(self) -> str:
+        """Return it as the setting has it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
 
 def _namespace(value: str) -> str:
     # Of one that cannot exist the API lists no pods, without an error: limits would be given back.
@@ -52,7 +57,7 @@ def _address(value: str) -> Address | None:
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError("neither `off` nor an address such as :9100 or 0.0.0.0:9100")
     if ":" in host and not re.fullmatch(r"\[[^]]*\]", host):
-        raise ValueError(f"an IPv6 address takes brackets, as in [{host}]:{port}")
+        raise ValueError(f"an IPv6 address takes brackets, as in [{host.strip('[]')}]:{port}")
     return Address(host.strip("[]"), int(port))
 
 

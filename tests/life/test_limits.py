@@ -252,6 +252,11 @@ def test_a_pod_that_the_api_never_told_of_takes_no_gpu() -> None:
         node.looks()
         assert node.limit() == 300
         assert f"never told of pod {C}" in node.gpu().reason
+        node.gpus[0].limit_mw = 600_000  # it may ask for less, so this is mended down, never up
+        node.wait_limit(300)
+        node.gpus[0].limit_mw = 250_000
+        node.looks()
+        assert node.limit() == 250
         node.snapshot({A: 300}, others=[C])  # the event was late
         node.wait_limit(700)
 

@@ -260,7 +260,9 @@ def test_beside_such_a_pod_a_limit_is_set_and_lowered_but_not_raised() -> None:
 
 
 def test_a_gpu_that_is_not_owned_is_free_whoever_runs_on_it() -> None:
-    assert outcome(decide(living({A: 300_000}), seen(C))) == ("free", None, None)
+    decision = decide(living({A: 300_000}), seen(C))
+    assert outcome(decision) == ("free", None, None)
+    assert f"never told of pod {C}" in decision.reason
 
 
 # ---------------------------------------------------------------- a mistake of units
@@ -273,6 +275,9 @@ def test_a_gpu_that_is_not_owned_is_free_whoever_runs_on_it() -> None:
 def test_ten_times_what_the_board_takes_is_a_mistake_of_units(asked_mw: int, stance: str) -> None:
     decision = decide(living({A: asked_mw}), seen(A))
     assert decision.stances == {A: stance}
+    rules = replace(PLAIN, safe_default=SafeDefault(limit_mw=asked_mw))
+    by_default = decide(living({A: None}), seen(A), rules=rules)
+    assert by_default.state == ("managed" if stance == "clamped" else "failed")
     assert (decision.target_mw is None) == (stance == "invalid")
 
 
