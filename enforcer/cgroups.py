@@ -55,14 +55,15 @@ _ANYWHERE = re.compile(rf"(?<!/)/(?:{_spellings(_ANY_WAY)})(?:/|$)")
 _IN_THE_RUNTIMES = re.compile(r"/((?:[A-Za-z0-9:_.\\-]+-)?)kubepods[^/]*\.slice:[^/]+(?:/|$)")
 # Runtimes as systemd services: their own cgroups, below the host's root.
 _RUNTIMES = (
-    "containerd.service",
-    "k3s.service",
-    "k3s-agent.service",
-    "rke2-server.service",
-    "rke2-agent.service",
-    "k0scontroller.service",
-    "k0sworker.service",
-    "snap.microk8s.daemon-containerd.service",
+    "system.slice/containerd.service",
+    "runtime.slice/containerd.service",  # Amazon Linux 2023 and Bottlerocket
+    "system.slice/k3s.service",
+    "system.slice/k3s-agent.service",
+    "system.slice/rke2-server.service",
+    "system.slice/rke2-agent.service",
+    "system.slice/k0scontroller.service",
+    "system.slice/k0sworker.service",
+    "system.slice/snap.microk8s.daemon-containerd.service",
 )
 # The kernel adds ` (deleted)` for a cgroup that was removed (cgroup.c).
 _LINE = re.compile(r"[0-9]+:[^:]*:(/.*?)(?: \(deleted\))?")
@@ -130,7 +131,7 @@ def roots_beside(own: bytes, first: bytes) -> tuple[str, ...]:
     roots = [root]
     if match := _IN_THE_RUNTIMES.match(path, len(root.rstrip("/"))):
         roots.append((host + _slices(match[1])) or "/")
-    roots += [f"{host}/system.slice/{service}" for service in _RUNTIMES]
+    roots += [f"{host}/{service}" for service in _RUNTIMES]
     return tuple(dict.fromkeys(roots))
 
 
@@ -152,5 +153,5 @@ def usual_roots() -> tuple[str, ...]:
     """Return the places to look at where no own pod shows one."""
     return (
         *("/", "/kubelet", "/kubelet.slice"),
-        *(f"/system.slice/{service}" for service in _RUNTIMES),
+        *(f"/{service}" for service in _RUNTIMES),
     )

@@ -106,6 +106,7 @@ class Nvml:
     def open(self) -> None:
         """Initialise NVML."""
         _call(pynvml.nvmlInit)
+        self.driver_version = None  # another driver may have been loaded since
         with contextlib.suppress(NvmlError):  # it is only shown
             self.driver_version = _call(pynvml.nvmlSystemGetDriverVersion)
         self._misreads = _is_misread(self.driver_version or "")

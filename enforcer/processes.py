@@ -14,7 +14,9 @@ from enforcer.sources import Occupant, Sighting
 class Reader(Protocol):
     """What `procfs.ProcessReader` offers."""
 
-    most_pid: int
+    @property
+    def most_pid(self) -> int:
+        """The largest pid that this kernel gives now."""
 
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Tell whose process `pid` is; None where it has ended."""
@@ -40,7 +42,8 @@ class Processes:
             if error.stale:
                 raise
             return Sighting(None, str(error))
-        impossible = {pid for pid in pids if not 0 < pid <= self._reader.most_pid}
+        most_pid = self._reader.most_pid if pids else 0
+        impossible = {pid for pid in pids if not 0 < pid <= most_pid}
         if impossible:
             return Sighting(None, self._why_misread(min(impossible)))
         seen = []

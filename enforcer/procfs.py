@@ -76,7 +76,11 @@ class ProcessReader:
     def __init__(self, proc_root: Path, roots: Sequence[str]) -> None:
         self._proc = proc_root
         self.roots = tuple(roots)
-        self.most_pid = _most_pid(proc_root)
+
+    @property
+    def most_pid(self) -> int:
+        """The largest pid that this kernel gives now: a node's tuning may raise it at any time."""
+        return _most_pid(self._proc)
 
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Return the pod's uid or what else `pid` is, None if it ended, and the evidence.

@@ -43,11 +43,15 @@ class SafeDefault:
 def _cgroup_roots(value: str) -> str:
     if value == "auto":
         return value
-    parts = [text_value(part.strip()) for part in value.split(",")]
-    for part in parts:
-        if not part.startswith("/") or ".." in part.split("/"):
-            raise ValueError("neither `auto` nor cgroup paths such as / or /kubelet.slice")
-    return ",".join(part.rstrip("/") or "/" for part in parts)
+    parts = [part.strip() for part in text_value(value).split(",")]
+    if any(not part.startswith("/") or ".." in part.split("/") for part in parts):
+        raise ValueError("neither `auto` nor cgroup paths such as / or /kubelet.slice")
+    # As the kernel spells them: another spelling would match no process, without a word.
+    return ",".join(dict.fromkeys(_spelled(part) for part in parts))
+
+
+def _spelled(path: str) -> str:
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _patterns(value: str) -> tuple[str, ...]:

@@ -230,6 +230,7 @@ SCOPE = f"{systemd_slice(OWN)}/cri-containerd-{CONTAINER}.scope"
         (f"{SERVICE}/{COLON}", "/init.scope", f"/{SCOPE}"),
         (f"/{SCOPE}", "/init.scope", f"{SERVICE}/{COLON}"),
         (f"/{SCOPE}", "/", f"/system.slice/rke2-agent.service/{COLON}"),
+        (f"/{SCOPE}", "/init.scope", f"/runtime.slice/containerd.service/{COLON}"),
         (
             f"{SERVICE}/k8s-{COLON}",
             "/init.scope",
@@ -241,7 +242,7 @@ SCOPE = f"{systemd_slice(OWN)}/cri-containerd-{CONTAINER}.scope"
             f"/docker/abc{SERVICE}/kubelet-{COLON}",
         ),
     ],
-    ids=["own-on-cgroupfs", "own-on-systemd", "rke2", "a-root-of-its-own", "in-a-container"],
+    ids=["own-on-cgroupfs", "own-on-systemd", "rke2", "eks", "a-root-of-its-own", "in-a-container"],
 )
 def test_both_drivers_of_one_node_are_known_from_the_own_path(
     own: str, first: str, worker: str

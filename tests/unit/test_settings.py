@@ -144,6 +144,8 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
         "a/b, c*",
         ("a/b", "c*"),
     ),
+    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "//a/./b//, /c", "/a/b,/c"),
+    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/a,/b/,/a/", "/a,/b"),
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", "watcher_uid", "0", 0),
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", "watcher_uid", "4294967294", 2**32 - 2),
     (EnforcerSettings, "POWER_AGENT_READER_UIDS", "reader_uids", "0, 1000,7", {0, 7, 1000}),
