@@ -256,7 +256,9 @@ class _Case:
         unknown = self.desired.never_told_of(uids - self._ids())
         resting = frozenset() if occupied and self.gpu.newcomers else mine & wanted
         if asking := (uids & wanted) | self.gpu.assigned:
-            granted = replace(self._grant(asking | resting, ghosts), neighbours=True)
+            # Who ends a pod's rest is new until that is written: else the rest would begin again.
+            stays = mine & wanted <= asking | resting
+            granted = replace(self._grant(asking | resting, ghosts), neighbours=stays)
             # The unknown pod may ask for less, so only its coming to light raises the limit.
             raises = bool(unknown) and self._gives_power(granted)
             return self._hold(_never_told(unknown)) if raises else granted
@@ -429,4 +431,7 @@ def _still_runs(ghosts: Iterable[str]) -> str:
 
 
 def _never_told(uids: Iterable[str]) -> str:
-    return f"the API never told of pod {_names(uids)}, which runs on it: it may ask for a limit"
+    return (
+        f"the API never told of pod {_names(uids)}, which runs on it: it may ask for a limit, so "
+        "nothing is raised or given back before the API tells of it or it ends"
+    )

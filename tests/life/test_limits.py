@@ -228,6 +228,22 @@ def test_who_ran_beside_the_worker_does_not_take_its_gpu(neighbour: str) -> None
         until(lambda: node.owned() == {}, "no longer owned")
 
 
+def test_a_stranger_ends_a_pods_rest_also_beside_another_annotated_pod() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.run_pod(B)
+        node.snapshot({A: 300, B: 500})
+        node.looks()
+        node.end(pid)
+        node.looks()
+        assert node.limit() == 300  # the lower one's worker restarts
+        node.run_host()
+        node.wait_limit(500)
+        node.looks()
+        assert node.limit() == 500
+
+
 def test_who_ran_beside_does_not_hold_a_gone_pods_limit() -> None:
     with EnforcerNode() as node:
         node.start()
