@@ -9,7 +9,6 @@ from typing import Protocol
 from enforcer.device import Board
 from enforcer.policy import Occupants, Stranger
 
-
 # What tells holders apart: a pod's id, which its restarts share, or a process's number.
 Tenants = frozenset[str | int]
 
