@@ -288,6 +288,24 @@ def test_what_a_board_told_once_holds_when_it_is_not_told_later(life: Life) -> N
     assert life.gpu().max_mw == 700_000
 
 
+def test_who_ran_beside_is_known_after_the_gpu_was_lost_for_a_while(life: Life) -> None:
+    worker = life.run(A)
+    life.run(Stranger.OTHER)
+    life.snapshot({A: 300})
+    life.pass_s(5)
+    life.board(0).faults["pids"] = "GPU_IS_LOST"
+    life.pass_s(60)
+    assert len(life.log.events("gpu_lost")) == 1
+    life.end(worker)  # it restarts meanwhile
+    life.board(0).faults.clear()
+    life.pass_s(900)
+    assert len(life.log.events("gpu_back")) == 1
+    assert life.watts() == 300
+    life.run(Stranger.OTHER)  # this one was never there
+    life.pass_s(5)
+    assert life.watts() == 700
+
+
 def test_a_stranger_beside_nobody_is_left_alone(life: Life) -> None:
     life.run(Stranger.OTHER)
     life.snapshot({}, others=[A])
