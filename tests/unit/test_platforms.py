@@ -192,6 +192,10 @@ REFUSED: dict[str, tuple[Object, str]] = {
     ),
     "a library from nowhere": ({"driver": {"libraryPath": "/lib"}}, "set driver.hostPath"),
     "a folder in which nobody looks": ({"driver": {"hostPath": "/lib"}}, "set driver.libraryPath"),
+    "a library without device files": (
+        {"driver": {"hostPath": "/lib", "libraryPath": "/lib"}, "privileges": "minimal"},
+        "set privileges=all",
+    ),
     "a quota for no class": (
         {"resourceQuota": {"enabled": True}, "priorityClassName": ""}, "name a class",
     ),

@@ -29,6 +29,9 @@
 {{- if and .Values.driver.hostPath (not .Values.driver.libraryPath) }}
 {{- fail (printf "driver.hostPath=%s is mounted, but the loader does not look there: set driver.libraryPath to the folder of libnvidia-ml.so.1 below driver.mountPath" .Values.driver.hostPath) }}
 {{- end }}
+{{- if and .Values.driver.hostPath (ne .Values.privileges "all") }}
+{{- fail (printf "driver.hostPath=%s with privileges=%s: it brings the library, but only a privileged container has the device files without NVIDIA's runtime: set privileges=all" .Values.driver.hostPath .Values.privileges) }}
+{{- end }}
 {{- with .Values.settings.metricsAddr }}
 {{- if regexMatch "^(localhost|127\\..*|\\[?::(ffff:127\\..*|1)\\]?):[0-9]+$" . }}
 {{- fail (printf "settings.metricsAddr=%s: the kubelet's probes and Prometheus do not reach a pod's loopback: name 0.0.0.0 or [::] with the port, or off" .) }}
