@@ -490,78 +490,7 @@ def test_the_chart_packages_whole(tmp_path: Path) -> None:
     assert {each.removeprefix("power-agent/") for each in listed} == sources
 
 
-# ---------------------------------------------------------------------- platforms, names, accounts
-
-PLATFORMS = sorted(CHART.glob("values-*.yaml"))
-
-
-def of_platform(name: str) -> list[Object]:
-    return render(yaml.safe_load((CHART / f"values-{name}.yaml").read_text()))
-
-
-def test_each_platform_has_its_values() -> None:
-    assert [path.stem.removeprefix("values-") for path in PLATFORMS] == [
-        "bottlerocket",
-        "eks",
-        "gke",
-        "gpu-operator-cdi",
-        "k0s",
-        "microk8s",
-        "openshift",
-        "rke2",
-    ]
-
-
-def test_gke_has_no_runtime_class_and_brings_the_library_from_the_node() -> None:
-    spec = template(of_platform("gke"))["spec"]
-    enforcer = containers(of_platform("gke"))["enforcer"]
-    assert "runtimeClassName" not in spec
-    assert not spec.get("nodeSelector")
-    assert literals(enforcer)["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
-    volumes = {each["name"]: each for each in spec["volumes"]}
-    assert volumes["driver"]["hostPath"]["path"] == "/home/kubernetes/bin/nvidia"
-    mounted = {each["name"]: each["mountPath"] for each in enforcer["volumeMounts"]}
-    assert mounted["driver"] == "/usr/local/nvidia"
-
-
-def test_cdi_is_asked_by_the_operators_annotation() -> None:
-    made = of_platform("gpu-operator-cdi")
-    annotations = template(made)["metadata"]["annotations"]
-    key = "nvidia.cdi.k8s.io/container.enforcer"
-    assert annotations[key] == "management.nvidia.com/gpu=all"
-    assert "runtimeClassName" not in template(made)["spec"]
-    assert literals(containers(made)["enforcer"])["NVIDIA_VISIBLE_DEVICES"] == "void"
-
-
-@pytest.mark.parametrize("name", ["rke2", "bottlerocket"])
-def test_with_selinux_the_watcher_may_connect(name: str) -> None:
-    found = containers(of_platform(name))
-    wanted = {"type": "spc_t", "level": "s0"}
-    assert found["watcher"]["securityContext"]["seLinuxOptions"] == wanted
-    assert "seLinuxOptions" not in found["enforcer"]["securityContext"]  # privileged has it anyway
-
-
-def test_with_selinux_and_few_privileges_the_enforcer_needs_it_too() -> None:
-    found = containers(render({"seLinux": {"enabled": True}, "privileges": "minimal"}))
-    for each in found.values():
-        assert each["securityContext"]["seLinuxOptions"] == {"type": "spc_t", "level": "s0"}
-
-
-def test_openshift_binds_a_constraint_to_the_account() -> None:
-    binding = named(of_platform("openshift"))["RoleBinding", "power-agent-scc"]
-    assert binding["roleRef"]["name"] == "system:openshift:scc:privileged"
-    assert binding["subjects"][0]["name"] == "power-agent"
-
-
-@pytest.mark.parametrize(
-    ("name", "root"),
-    [("k0s", "/var/lib/k0s/kubelet"), ("microk8s", "/var/snap/microk8s/common/var/lib/kubelet")],
-)
-def test_another_kubelets_root_is_mounted_and_named(name: str, root: str) -> None:
-    made = of_platform(name)
-    assert literals(containers(made)["enforcer"])["POWER_AGENT_KUBELET_DIR"] == root
-    volumes = {each["name"]: each for each in template(made)["spec"]["volumes"]}
-    assert volumes["kubelet"]["hostPath"]["path"] == f"{root}/device-plugins"
+# ---------------------------------------------------------------------- names, accounts
 
 
 def test_without_the_kubelets_word_nothing_of_it_is_mounted() -> None:
@@ -574,6 +503,7 @@ def test_an_account_of_ones_own_is_bound_and_not_made() -> None:
     made = render({"serviceAccount": {"create": False, "name": "own"}})
     assert "ServiceAccount" not in kinds(made)
     assert template(made)["spec"]["serviceAccountName"] == "own"
+    assert named(made)["Pod", "power-agent-test"]["spec"]["serviceAccountName"] == "own"
     assert named(made)["ClusterRoleBinding", "power-agent"]["subjects"][0]["name"] == "own"
 
 

@@ -58,9 +58,9 @@ def test_what_one_overlay_leaves_behind_for_another_is_described() -> None:
         each.name: {(kind.lower(), name) for kind, name in named(kustomize(each))}
         for each in (DEPLOY / "power_agent", *(DEPLOY / "overlays").iterdir())
     }
-    constraint = {("rolebinding", "power-agent-scc")}
+    constraint = {("role", "power-agent-scc"), ("rolebinding", "power-agent-scc")}
     assert has["openshift"] - has["power_agent"] == constraint
-    assert "`kubectl delete rolebinding power-agent-scc -n dynamo-system`" in TEXT
+    assert "`kubectl delete role,rolebinding power-agent-scc -n dynamo-system`" in TEXT
     left = {
         (old, new): found
         for old in has
@@ -83,7 +83,8 @@ def test_what_one_overlay_leaves_behind_for_another_is_described() -> None:
 def test_every_value_is_one() -> None:
     values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     groups = "|".join(values)
-    for name in re.findall(rf"\b((?:{groups})\.[\w.]*\w)", TEXT):
+    # Not `openshift.io/…`, which is no value.
+    for name in re.findall(rf"(?<![\w.])((?:{groups})\.[\w.]*\w)(?![\w/])", TEXT):
         if name.endswith((".yaml", ".json")):
             continue
         found: Any = values
@@ -92,14 +93,42 @@ def test_every_value_is_one() -> None:
             found = found[key]
 
 
-def test_the_quota_for_gke_is_for_the_class_of_the_manifest() -> None:
+def example(kind: str) -> dict[str, Any]:
+    """The one object of this kind that the text shows."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    (quota,) = [each for block in blocks if (each := yaml.safe_load(block)).get("kind")]
+    (found,) = [each for block in blocks if (each := yaml.safe_load(block)).get("kind") == kind]
+    one: dict[str, Any] = found
+    return one
+
+
+def test_the_quota_for_gke_is_for_the_class_of_the_manifest() -> None:
+    quota = example("ResourceQuota")
     (scope,) = quota["spec"]["scopeSelector"]["matchExpressions"]
     pod = template(documents((DEPLOY / "power_agent/daemonset.yaml").read_text()))["spec"]
-    assert quota["kind"] == "ResourceQuota"
     assert quota["metadata"]["namespace"] == NAMESPACE
     assert (scope["scopeName"], scope["values"]) == ("PriorityClass", [pod["priorityClassName"]])
+
+
+def test_the_constraint_for_openshift_admits_what_the_reduced_form_asks_for() -> None:
+    """No more and no less, as far as its fields name it. No server here knows the type."""
+    constraint = example("SecurityContextConstraints")
+    spec = template(kustomize(DEPLOY / "overlays/reduced-privileges"))["spec"]
+    contexts = [each["securityContext"] for each in spec["containers"]]
+    added = {cap for each in contexts for cap in each["capabilities"].get("add", [])}
+    assert set(constraint["allowedCapabilities"]) == added
+    assert constraint["allowHostPID"] is spec["hostPID"]
+    assert constraint["allowPrivilegedContainer"] is any(each["privileged"] for each in contexts)
+    assert constraint["readOnlyRootFilesystem"] is all(
+        each["readOnlyRootFilesystem"] for each in contexts
+    )
+    kinds = {kind for each in spec["volumes"] for kind in each if kind != "name"}
+    assert set(constraint["volumes"]) == kinds
+    (group,) = constraint["fsGroup"]["ranges"]
+    assert group["min"] == group["max"] == spec["securityContext"]["fsGroup"]
+    assert constraint["runAsUser"]["type"] == "RunAsAny"  # 0 and another one
+    assert {each["runAsUser"] for each in contexts} == {0, 65532}
+    assert constraint["seccompProfiles"] == ["runtime/default"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
 def test_the_rule_for_events_is_the_charts() -> None:

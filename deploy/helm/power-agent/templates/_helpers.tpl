@@ -8,6 +8,11 @@
 {{ .Values.serviceAccount.name | default (include "power-agent.name" .) }}
 {{- end }}
 
+{{- /* The container that is root and needs the GPUs. */ -}}
+{{- define "power-agent.container" -}}
+{{ .Values.supervised | ternary "power-agent" "enforcer" }}
+{{- end }}
+
 {{- define "power-agent.selector" -}}
 app: power-agent
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -118,7 +123,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 {{- define "power-agent.gpuEnv" -}}
 - name: NVIDIA_VISIBLE_DEVICES
-  value: {{ .Values.driver.visibleDevices | quote }}
+  value: {{ if .Values.driver.cdiDevice }}"void"{{ else }}{{ .Values.driver.visibleDevices | quote }}{{ end }}
 - name: NVIDIA_DRIVER_CAPABILITIES
   value: "utility"
 {{- with .Values.driver.libraryPath }}
@@ -184,12 +189,13 @@ capabilities:
 # The runtime's profile forbids looking at processes that it does not confine, such as pid 1.
 appArmorProfile:
   type: Unconfined
-{{- include "power-agent.seLinux" .values }}
 {{- end }}
+{{- include "power-agent.seLinux" .values }}
 {{- end }}
 
 {{- /* Under SELinux a container's own type may not connect to a privileged one's socket, and its
-categories keep it from the other container's files. */ -}}
+categories keep it from the other container's files. A privileged container needs no label, and
+containerd ignores it there. */ -}}
 {{- define "power-agent.seLinux" -}}
 {{- if .seLinux.enabled }}
 seLinuxOptions:

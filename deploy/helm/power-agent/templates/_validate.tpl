@@ -20,6 +20,18 @@
 {{- if gt (addf $exit 5.0) (float64 .Values.terminationGracePeriodSeconds) }}
 {{- fail (printf "terminationGracePeriodSeconds=%v is not 5 above settings.exitSeconds=%v, so a stop would be cut off before GPUs are given back: raise it" .Values.terminationGracePeriodSeconds $exit) }}
 {{- end }}
+{{- if and .Values.resourceQuota.enabled (not .Values.priorityClassName) }}
+{{- fail "resourceQuota.enabled=true is for pods of priorityClassName, which is empty: name a class, or set it to false" }}
+{{- end }}
+{{- if and .Values.driver.libraryPath (not .Values.driver.hostPath) }}
+{{- fail (printf "driver.libraryPath=%s has no folder of the node to come from: set driver.hostPath" .Values.driver.libraryPath) }}
+{{- end }}
+{{- if and .Values.driver.hostPath (not .Values.driver.libraryPath) }}
+{{- fail (printf "driver.hostPath=%s is mounted, but the loader does not look there: set driver.libraryPath to the folder of libnvidia-ml.so.1 below driver.mountPath" .Values.driver.hostPath) }}
+{{- end }}
+{{- if and .Values.driver.hostPath (ne .Values.privileges "all") }}
+{{- fail (printf "driver.hostPath=%s with privileges=%s: it brings the library, but only a privileged container has the device files without NVIDIA's runtime: set privileges=all" .Values.driver.hostPath .Values.privileges) }}
+{{- end }}
 {{- with .Values.settings.metricsAddr }}
 {{- if regexMatch "^(localhost|127\\..*|\\[?::(ffff:127\\..*|1)\\]?):[0-9]+$" . }}
 {{- fail (printf "settings.metricsAddr=%s: the kubelet's probes and Prometheus do not reach a pod's loopback: name 0.0.0.0 or [::] with the port, or off" .) }}
