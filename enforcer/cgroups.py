@@ -52,7 +52,7 @@ def _below(root: str) -> re.Pattern[str]:
 
 _ANYWHERE = re.compile(rf"(?<!/)/(?:{_spellings(_ANY_WAY)})(?:/|$)")
 # A name in the runtime's own cgroup, and the way in it.
-_IN_THE_RUNTIMES = re.compile(r"/((?:[A-Za-z0-9:_.\\-]+-)?)kubepods[^/]*\.slice:[^/]+(?:/|$)")
+_IN_THE_RUNTIMES = re.compile(rf"/({_ANY_WAY})kubepods[^/]*\.slice:[^/]+(?:/|$)")
 # Runtimes as systemd services: their own cgroups, below the host's root.
 _RUNTIMES = (
     "system.slice/containerd.service",

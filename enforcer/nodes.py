@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.nodes import DENIED, DEV, LOST, described, device_nodes, lets_in
+from shared.modes import READ_AND_WRITE, lets_in
+from shared.nodes import DENIED, DEV, LOST, described, device_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def _obstacle(node: Path) -> Obstacle | None:
         found = node.stat()
     except OSError:  # it has just gone
         return None
-    if lets_in(found, os.geteuid(), {os.getegid(), *os.getgroups()}):
+    if lets_in(found, os.geteuid(), {os.getegid(), *os.getgroups()}, READ_AND_WRITE):
         why = f"{described(node, found)} may not be opened though its mode allows it: {LOST}"
         return Obstacle(why, lost=True)
     return Obstacle(f"{described(node, found)}: {DENIED}", lost=False)

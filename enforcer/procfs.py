@@ -62,14 +62,6 @@ def now_ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
-def _most_pid(proc_root: Path) -> int:
-    """Return the largest pid that this kernel gives, the largest of any where it does not tell."""
-    try:
-        return int(_read(f"{proc_root}/sys/kernel/pid_max"))
-    except (OSError, ValueError):
-        return _PID_MAX_LIMIT
-
-
 class ProcessReader:
     """Tells whose process a pid is; believes nothing beyond one call."""
 
@@ -79,8 +71,14 @@ class ProcessReader:
 
     @property
     def most_pid(self) -> int:
-        """The largest pid that this kernel gives now: a node's tuning may raise it at any time."""
-        return _most_pid(self._proc)
+        """The largest pid that this kernel gives now: a node's tuning may raise it at any time.
+
+        It is the largest of any kernel where this one does not tell.
+        """
+        try:
+            return int(_read(f"{self._proc}/sys/kernel/pid_max"))
+        except (OSError, ValueError):
+            return _PID_MAX_LIMIT
 
     def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
         """Return the pod's uid or what else `pid` is, None if it ended, and the evidence.

@@ -43,10 +43,9 @@ def pods(
 def _unseen(gpus: Iterable[m.Gpu]) -> str:
     """Return the first GPU of which it is not known who runs on it, and why; empty without one."""
     for gpu in gpus:
-        for process in gpu.processes:
-            if process.pid == 0:
-                name = gpu.uuid if gpu.index is None else gpu.index
-                return f"; the process list of GPU {name} cannot be read: {process.evidence}"
+        if gpu.unread is not None:
+            name = gpu.uuid if gpu.index is None else gpu.index
+            return f"; the process list of GPU {name} cannot be read: {gpu.unread}"
     return ""
 
 

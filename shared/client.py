@@ -19,7 +19,6 @@ _AGAIN_S = 0.05  # how soon a client tries again to send what was not taken
 # The longest single wait for an answer. A signal that comes after Python has looked for signals and
 # before poll(2) begins does not end that wait: its handler runs only afterwards.
 _WAIT_S = 0.25
-_PROBE_S = 0.5
 
 
 class Client:
@@ -100,7 +99,7 @@ class Client:
     def hindrance(self) -> tuple[str, str] | None:
         """Return what keeps from connecting and the remedy; None where the socket can be opened."""
         try:
-            open_control(self._run_dir, _PROBE_S).close()
+            open_control(self._run_dir).close()
         except OSError as error:
             return hindrance(control_path(self._run_dir), error)
         return None

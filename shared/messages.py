@@ -108,6 +108,11 @@ class Gpu(Struct, frozen=True, kw_only=True):
     writes: dict[str, int] = {}
     write_failures: dict[str, int] = {}
 
+    @property
+    def unread(self) -> str | None:
+        """Why its process list cannot be read, which stands in place of a process; else None."""
+        return next((each.evidence for each in self.processes if each.pid == 0), None)
+
 
 class Pod(Struct, frozen=True, kw_only=True):
     """enforcer -> reader: one annotated pod, what it asked for and what it has."""

@@ -5,7 +5,6 @@ The enforcer says why NVML refuses it, powerctl looks at the same nodes from out
 
 import os
 import stat
-from collections.abc import Collection
 from pathlib import Path
 
 DEV = Path("/dev")
@@ -27,17 +26,6 @@ def device_nodes(dev: Path) -> list[Path]:
     """Return the nodes that NVML opens: the driver's, and one of each board."""
     nodes = [dev / "nvidiactl", *sorted(dev.glob("nvidia[0-9]*"))]
     return [node for node in nodes if node.exists()]
-
-
-def lets_in(found: os.stat_result, uid: int, groups: Collection[int]) -> bool:
-    """Tell whether its mode lets that caller read and write it."""
-    if found.st_uid == uid:
-        needed = stat.S_IRUSR | stat.S_IWUSR
-    elif found.st_gid in groups:
-        needed = stat.S_IRGRP | stat.S_IWGRP
-    else:
-        needed = stat.S_IROTH | stat.S_IWOTH
-    return found.st_mode & needed == needed
 
 
 def described(node: Path, found: os.stat_result) -> str:

@@ -7,6 +7,8 @@ import stat
 import struct
 from pathlib import Path
 
+from shared.modes import WRITE, lets_in
+
 PULSE_OLDEST_S = 5  # of a loop that turns; deploy/probe says so too
 
 
@@ -39,7 +41,7 @@ def connection_event(frame: bytes) -> int:
     return event
 
 
-def open_control(run_dir: Path, timeout_s: float) -> socket.socket:
+def open_control(run_dir: Path, timeout_s: float = 0.5) -> socket.socket:
     """Return a plain connection to the control socket; raises OSError.
 
     libzmq tries again and again without a word, so this shows what hinders it.
@@ -69,7 +71,9 @@ def why_refused(path: Path) -> tuple[str, str]:
         found = path.stat()
     except OSError as error:
         return f"uid {uid} may not see {path}: {error.strerror}", _SECURITY
-    if not os.access(path, os.W_OK) and not _is_open_to(found, uid):
+    # The mode alone, without what a security module may add: root needs none.
+    by_mode = uid == 0 or lets_in(found, uid, {os.getegid(), *os.getgroups()}, WRITE)
+    if not os.access(path, os.W_OK) and not by_mode:
         mode = f"owner uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}"
         remedy = f"run as root, or add {uid} to the enforcer's POWER_AGENT_READER_UIDS"
         return f"uid {uid} may not write {path} ({mode})", remedy
@@ -80,15 +84,6 @@ _SECURITY = (
     "a security module refuses it: with SELinux (`ausearch -m avc` shows it) give the watcher "
     "seLinuxOptions {type: spc_t, level: s0}, with AppArmor see the kernel's log"
 )
-
-
-def _is_open_to(found: os.stat_result, uid: int) -> bool:
-    """Tell whether the mode alone lets this process write; a security module may still refuse."""
-    if uid in (0, found.st_uid):
-        return uid == 0 or bool(found.st_mode & stat.S_IWUSR)
-    if found.st_gid in (os.getegid(), *os.getgroups()):
-        return bool(found.st_mode & stat.S_IWGRP)
-    return bool(found.st_mode & stat.S_IWOTH)
 
 
 def hindrance(path: Path, error: OSError) -> tuple[str, str]:

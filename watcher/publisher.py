@@ -339,8 +339,7 @@ def _unseen(report: messages.Report) -> list[str]:
     if not any(pod.state == "waiting" and not pod.gpus for pod in report.pods):
         return []
     return [
-        f"processes: the list of GPU {gpu.index} cannot be read: {process.evidence}"
+        f"processes: the list of GPU {gpu.index} cannot be read: {gpu.unread}"
         for gpu in report.gpus
-        for process in gpu.processes
-        if process.pid == 0
+        if gpu.unread is not None
     ]

@@ -17,7 +17,6 @@ from shared.powerctl.check import WAITS
 from shared.sockets import TransportError, control_path, hindrance, open_control
 
 R = TypeVar("R", bound=messages.Reply)
-_PROBE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def _answer(
 
 def listener_pid(run_dir: Path) -> int:
     """Return the pid of whoever listens, in this process's own view; 0 where it has none."""
-    with open_control(run_dir, _PROBE_S) as sock:
+    with open_control(run_dir) as sock:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return pid
@@ -99,7 +98,7 @@ def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
     path = control_path(run_dir)
     try:
         # libzmq sends a greeting at once to a uid that it admits, and hangs up on any other.
-        with open_control(run_dir, _PROBE_S) as sock:
+        with open_control(run_dir) as sock:
             greeting = sock.recv(1)
     except TimeoutError:
         return UnreachableError(

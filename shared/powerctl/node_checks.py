@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from shared import messages
-from shared.nodes import CAP_DAC_OVERRIDE, DENIED, DEV, LOST, described, device_nodes, lets_in
+from shared.modes import READ_AND_WRITE, lets_in
+from shared.nodes import CAP_DAC_OVERRIDE, DENIED, DEV, LOST, described, device_nodes
 from shared.powerctl.check import LOG, WAITS, Check, fail, warn
 from shared.settings import without_password
 from shared.sockets import PULSE_OLDEST_S, control_path, events_path, pulse_path
@@ -126,7 +127,7 @@ def nodes(proc: Path, listener: int, dev: Path = DEV) -> Check:
         return Check(name=name, seen="no /dev/nvidia* of the enforcer's can be seen from here")
     for node in known:
         found, shown = node.stat(), dev / node.name
-        by_mode = lets_in(found, int(uid[1]), {int(group) for group in groups})
+        by_mode = lets_in(found, int(uid[1]), {int(group) for group in groups}, READ_AND_WRITE)
         if not by_mode and not _holds(CAP_DAC_OVERRIDE, status):
             return fail(name, described(shown, found), DENIED)
         if _is_refused(shown, proc):
