@@ -26,6 +26,14 @@ def kubelet(node: LifeNode) -> Checkpoint:
     return made
 
 
+def starts_assigned(node: LifeNode, kubelet: Checkpoint) -> None:
+    """The first GPU is A's by the kubelet's word, and has its limit, without any process."""
+    node.start()
+    kubelet.assign(A, node.gpus[0].uuid)
+    node.snapshot({A: 300})
+    node.wait_limit(300)
+
+
 def test_the_limit_stands_before_the_pods_first_process(
     node: LifeNode, kubelet: Checkpoint
 ) -> None:
@@ -64,10 +72,7 @@ def test_a_deleted_pods_processes_hold_it_and_then_it_is_given_back(
 def test_an_annotation_that_goes_takes_the_limit_with_it(
     node: LifeNode, kubelet: Checkpoint
 ) -> None:
-    node.start()
-    kubelet.assign(A, node.gpus[0].uuid)
-    node.snapshot({A: 300})
-    node.wait_limit(300)
+    starts_assigned(node, kubelet)
     node.snapshot({}, others=[A])
     node.wait_limit(700)
 
@@ -84,10 +89,7 @@ def test_replicas_of_one_gpu_are_several_pods_on_it(node: LifeNode, kubelet: Che
 def test_processes_outvote_an_assignment_that_is_evidently_wrong(
     node: LifeNode, kubelet: Checkpoint
 ) -> None:
-    node.start()
-    kubelet.assign(A, node.gpus[0].uuid)
-    node.snapshot({A: 300})
-    node.wait_limit(300)
+    starts_assigned(node, kubelet)
     node.run_pod(A, 1)
     node.wait_limit(300, 1)
     kept = node.run_pod(C, 0)
@@ -137,10 +139,7 @@ def test_a_damaged_checkpoint_leaves_processes_alone_as_evidence(
 def test_an_enforcer_that_starts_anew_knows_the_assignment_again(
     node: LifeNode, kubelet: Checkpoint
 ) -> None:
-    node.start()
-    kubelet.assign(A, node.gpus[0].uuid)
-    node.snapshot({A: 300})
-    node.wait_limit(300)
+    starts_assigned(node, kubelet)
     node.kill()
     node.run_host()
     node.start()
