@@ -323,7 +323,10 @@ class Agent:
         """Answer everybody who waits, from the last reading."""
         snapshot, watcher = self._desk.snapshot, self._desk.watcher()
         gpus = report.records(self._fleet, self._ledger.entries, self._desk.desired())
-        pods = report.pods(snapshot.pods if snapshot else (), self._fleet, gpus)
+        asked = snapshot.pods if snapshot else ()
+        # Without a driver no process uses it.
+        faults = "ok" if self._me.nvml == "absent" else self._me.nvml_message
+        pods = report.pods(asked, self._fleet, gpus, faults)
         me = msgspec.structs.replace(
             self._me,
             uptime_s=round(self._clock.now_s() - self._desk.started_s, 3),

@@ -18,6 +18,8 @@ _REMEDIES = {
     "LIBRARY_NOT_FOUND": "; is the driver installed, and its libnvidia-ml.so.1 to be seen here?",
     "DRIVER_NOT_LOADED": "; load the NVIDIA driver",
     "LIB_RM_VERSION_MISMATCH": "; the driver was upgraded: restart this pod to get its library",
+    "NO_TEXT": "; what the driver answers is no text: update the driver",
+    "NOT_UNIQUE": "; another GPU answers the same",
 }
 # Why the driver is not reached at all; the device nodes may tell (nodes.py).
 _SHUT_OUT = {"NO_PERMISSION", "UNKNOWN"}
@@ -57,6 +59,9 @@ _OPTIONAL_LISTS = (
 _MISREAD_FROM, _MISREAD_BELOW = (535, 43), (535, 98)
 _MISREAD = "its process lists cannot be read right; update the driver to 535.98 or later"
 _TOO_OLD = "no process list that can be read; update the driver to 510 or later"
+# A MIG instance's id is a small number, and without MIG it is the last (nvml.h, nvmlProcessInfo_t).
+# Where entries are larger than is read, parts of byte counts stand there.
+_MOST_INSTANCE, _NO_INSTANCE = 0xFFFF, 0xFFFFFFFF
 
 
 class NvmlError(DeviceError):
@@ -82,6 +87,9 @@ def _call(function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN
         name = "NO_TEXT"
     except pynvml.NVMLLibraryMismatchError:
         name = "FUNCTION_NOT_FOUND"
+    except Exception as error:  # it does not check what it is answered
+        why = f"nvidia-ml-py cannot take the driver's answer ({error!r}): update the driver"
+        raise NvmlError(function.__name__, "NO_SENSE", Obstacle(why, lost=False)) from error
     raise NvmlError(function.__name__, name, _cause(function, name))
 
 
@@ -123,7 +131,7 @@ class Nvml:
         for index in range(_call(pynvml.nvmlDeviceGetCount)):
             try:
                 handle = _call(pynvml.nvmlDeviceGetHandleByIndex, index)
-                uuid = _call(pynvml.nvmlDeviceGetUUID, handle)
+                uuid = _uuid(handle, boards)
             except NvmlError as error:
                 faults.append(f"GPU {index}: {error}")
                 continue
@@ -138,22 +146,25 @@ class Nvml:
         nvidia-ml-py fills a buffer for twice as many as there were; a list that has outgrown even
         that (INSUFFICIENT_SIZE) is not known until it is asked for again.
         """
-        version = self.driver_version or "unknown"
+        driver = f"driver {self.driver_version or 'unknown'}"
         if self._misreads:
-            raise DeviceError("MISREAD", f"driver {version}: {_MISREAD}")
+            raise DeviceError("MISREAD", f"{driver}: {_MISREAD}")
         try:
             found = _listed(_COMPUTE, board.handle)
         except NvmlError as error:
             if error.name == "FUNCTION_NOT_FOUND":
-                raise DeviceError(error.name, f"{error}; driver {version}: {_TOO_OLD}") from error
+                raise DeviceError(error.name, f"{error}; {driver}: {_TOO_OLD}") from error
             raise
         for queries in _OPTIONAL_LISTS:
             try:
-                found |= _listed(queries, board.handle)
+                found += _listed(queries, board.handle)
             except NvmlError as error:
                 if not error.lacking:
                     raise
-        return found
+        for entry in found:
+            if not _is_instance(entry.gpuInstanceId) or not _is_instance(entry.computeInstanceId):
+                raise DeviceError("MISREAD", f"{driver}: {_why_misread(entry)}")
+        return {entry.pid for entry in found}
 
     def limit_mw(self, board: Board) -> int:
         """Return the limit that is configured."""
@@ -176,16 +187,36 @@ class Nvml:
         )
 
 
-def _listed(queries: Iterable[Callable[..., Any]], handle: object) -> set[int]:
-    """Return the pids of the first list that the library has."""
+def _uuid(handle: object, known: Iterable[Board]) -> str:
+    """Return a board's UUID; raises where it does not tell this board from the `known` ones."""
+    uuid = str(_call(pynvml.nvmlDeviceGetUUID, handle))
+    if not uuid:
+        raise NvmlError("nvmlDeviceGetUUID", "NO_TEXT")
+    if any(board.uuid == uuid for board in known):
+        raise NvmlError("nvmlDeviceGetUUID", "NOT_UNIQUE")
+    return uuid
+
+
+def _listed(queries: Iterable[Callable[..., Any]], handle: object) -> list[Any]:
+    """Return the entries of the first list that the library has."""
     *newer, oldest = queries
     for query in newer:
         try:
-            return {process.pid for process in _call(query, handle)}
+            return list(_call(query, handle))
         except NvmlError as error:
             if error.name != "FUNCTION_NOT_FOUND":
                 raise
-    return {process.pid for process in _call(oldest, handle)}
+    return list(_call(oldest, handle))
+
+
+def _is_instance(number: int) -> bool:
+    return number <= _MOST_INSTANCE or number == _NO_INSTANCE
+
+
+def _why_misread(entry: Any) -> str:  # noqa: ANN401
+    where = f"{entry.gpuInstanceId}/{entry.computeInstanceId}"
+    why = f"pid {entry.pid} in MIG instance {where} cannot be, so the list is not believed"
+    return f"{why}; update the driver"
 
 
 def _is_misread(version: str) -> bool:
@@ -216,7 +247,7 @@ def _facts(handle: object) -> tuple[Facts, list[NvmlError]]:
 
     bounds = ask(pynvml.nvmlDeviceGetPowerManagementLimitConstraints)
     min_mw, max_mw = bounds or (None, None)
-    default_mw = ask(pynvml.nvmlDeviceGetPowerManagementDefaultLimit)
+    default_mw = ask(pynvml.nvmlDeviceGetPowerManagementDefaultLimit) or None  # 0 W is no limit
     name = ask(pynvml.nvmlDeviceGetName)
     mode = _number(pynvml.nvmlDeviceGetPersistenceMode, handle)  # no error: no limit depends on it
     persistence = None if mode is None else mode == pynvml.NVML_FEATURE_ENABLED

@@ -200,12 +200,11 @@ class _Case:
         if self._blind() and self.owned is None and self.gpu.assigned:
             return self._by_assignment()
         if self.gpu.occupants is None:
-            why = f": {self.gpu.why_unseen}" if self.gpu.why_unseen else ""
-            return self._hold(f"its process list cannot be read{why}")
+            return self._hold(self._why_blind())
         if self.owned and self.gpu.limit_mw is None:
             return self._hold("its limit cannot be read")
         if Stranger.UNKNOWN in self.gpu.occupants:
-            return self._hold("it cannot be told whether a process on it belongs to a pod")
+            return self._hold(self._why_blind())
         decision = self._by_pods(self.desired.pods_among(self.gpu.occupants))
         if self.desired.link == "silent" and self._gives_power(decision):
             return self._hold("watcher is silent")
@@ -214,11 +213,17 @@ class _Case:
     def _blind(self) -> bool:
         return self.gpu.occupants is None or Stranger.UNKNOWN in self.gpu.occupants
 
+    def _why_blind(self) -> str:
+        if self.gpu.occupants is not None:
+            return "it cannot be told whether a process on it belongs to a pod"
+        why = f": {self.gpu.why_unseen}" if self.gpu.why_unseen else ""
+        return f"its process list cannot be read{why}"
+
     def _by_assignment(self) -> Decision:
         """Decide on a GPU by the kubelet's word alone: a limit may be set, but nothing raised."""
         granted = self._grant(self.gpu.assigned, frozenset())
         if self._gives_power(granted) or self.gpu.limit_mw is None:
-            return self._hold("its process list cannot be read")
+            return self._hold(self._why_blind())
         return granted
 
     def with_stances(self, decision: Decision) -> Decision:

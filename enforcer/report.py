@@ -135,10 +135,12 @@ def answer(request: m.Request, status: m.StatusReply) -> m.Reply:
     )
 
 
-def pods(asked: Iterable[m.DesiredPod], gpus: Iterable[Gpu], shown: Iterable[m.Gpu]) -> list[m.Pod]:
-    """Return how each annotated pod stands on the GPUs of `shown`."""
+def pods(
+    asked: Iterable[m.DesiredPod], gpus: Iterable[Gpu], shown: Iterable[m.Gpu], faults: str
+) -> list[m.Pod]:
+    """Return how each annotated pod stands on the GPUs of `shown`; `faults` are NVML's, or ok."""
     stances = {gpu.uuid: gpu.decision.stances for gpu in gpus}
-    return standing.pods(asked, shown, stances)
+    return standing.pods(asked, shown, stances, faults)
 
 
 def counters(gpus: Iterable[Gpu], tally: Tally, dropped_log_lines: int) -> m.Counters:

@@ -8,6 +8,8 @@ from shared import messages as m
 from shared.units import MILLIWATTS_PER_WATT, same_limit
 from shared.units import format_watts as w
 
+_SHOWN = 300  # characters of NVML's faults
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -26,27 +28,32 @@ def pods(
     asked: Iterable[m.DesiredPod],
     gpus: Iterable[m.Gpu],
     stances: Mapping[str, Mapping[str, Stance]],
+    faults: str = "ok",
 ) -> list[m.Pod]:
     """Return what each pod asked for and what it has.
 
-    `stances` have for each GPU's UUID how each annotated pod on it fares there.
+    `stances` have for each GPU's UUID how each annotated pod on it fares there. `faults` are
+    NVML's, or ok.
     """
     shares: dict[str, list[Share]] = {}
     gpus = list(gpus)
     for gpu in gpus:
         for uid, stance in stances[gpu.uuid].items():
             shares.setdefault(uid, []).append(Share(gpu, stance))
-    unseen = _unseen(gpus)
+    unseen = _unseen(gpus, faults)
     return [_pod(pod, shares.get(pod.uid, []), unseen) for pod in asked]
 
 
-def _unseen(gpus: Iterable[m.Gpu]) -> str:
-    """Return the first GPU of which it is not known who runs on it, and why; empty without one."""
-    for gpu in gpus:
-        if gpu.unread is not None:
-            name = gpu.uuid if gpu.index is None else gpu.index
-            return f"; the process list of GPU {name} cannot be read: {gpu.unread}"
-    return ""
+def _unseen(gpus: Iterable[m.Gpu], faults: str) -> str:
+    """Return why processes may be there that nobody sees; empty where there is no reason.
+
+    It is said to every pod that waits, so of several lists that cannot be read it has one reason.
+    """
+    blind = [gpu for gpu in gpus if gpu.unread is not None]
+    if blind:
+        names = ", ".join(gpu.uuid if gpu.index is None else str(gpu.index) for gpu in blind)
+        return f"; the process list of GPU {names} cannot be read: {blind[0].unread}"
+    return "" if faults == "ok" else f"; NVML: {faults[:_SHOWN]}"
 
 
 def _pod(asked: m.DesiredPod, mine: list[Share], unseen: str) -> m.Pod:

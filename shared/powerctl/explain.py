@@ -227,7 +227,8 @@ def _read_back(gpu: messages.Gpu) -> list[str]:
         if gpu.target_mw is not None and gpu.limit_mw != gpu.target_mw:
             text += f"; not the target of {watts(gpu.target_mw)}"
         if gpu.enforced_mw is not None and gpu.enforced_mw < gpu.limit_mw:
-            text += "; another limiter (thermal, power supply, out-of-band) is stronger"
+            limiters = "thermal, power supply, the module's, out-of-band"
+            text += f"; another limiter ({limiters}) is stronger"
     return _field("read back", text)
 
 

@@ -10,6 +10,10 @@ from shared.powerctl.tables import cgroup_lines, duration, gpu_label, watts
 
 _SAMPLES = 5
 _XID = "nvidia-smi and dmesg (Xid) on the node"
+_MEANWHILE = (
+    "meanwhile these GPUs are held, and a pod gets its limit there only by the kubelet's "
+    "assignment (POWER_AGENT_KUBELET_DIR)"
+)
 
 
 def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> list[Check]:
@@ -20,6 +24,7 @@ def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> li
         watcher_link(reply.watcher),
         cgroup_driver(reply),
         kubelet(reply),
+        process_lists(reply),
         *owners(reply),
         *gpus(reply),
         persistence(reply),
@@ -112,11 +117,39 @@ def kubelet(reply: messages.StatusReply) -> Check:
     return warn(name, state, remedy)
 
 
+def process_lists(reply: messages.StatusReply) -> Check:
+    """Check that it can be seen who runs on each GPU; what cannot be read is shown as pid 0."""
+    name = "process lists"
+    found = [
+        (gpu_label(gpu), process.evidence)
+        for gpu in reply.gpus
+        for process in gpu.processes
+        if not process.pid
+    ]
+    if not found:
+        return Check(name=name, seen="none that cannot be read")
+    reasons = "; ".join(why for _, why in found)
+    if "update the driver" in reasons:
+        remedy = "update the driver as it says"
+    elif "NOT_SUPPORTED" in reasons:
+        remedy = "this board (a virtual GPU, for instance) does not tell its processes"
+    elif "NO_PERMISSION" in reasons:
+        remedy = "`device nodes`, above, tells modes from what else may refuse it"
+    else:
+        remedy = f"if it lasts: {_XID}"
+    seen = "; ".join(f"GPU {label}: {why}" for label, why in found[:_SAMPLES])
+    more = f"; and {len(found) - _SAMPLES} more" if len(found) > _SAMPLES else ""
+    return fail(name, f"unreadable: {seen}{more}", f"{remedy}; {_MEANWHILE}")
+
+
 def owners(reply: messages.StatusReply) -> Iterator[Check]:
     """Show samples of processes that belong to no known pod."""
     for owner, name in (("unknown", "unknown owners"), ("other", "other owners")):
         found = [
-            (p.pid, p.evidence) for gpu in reply.gpus for p in gpu.processes if p.owner == owner
+            (p.pid, p.evidence)
+            for gpu in reply.gpus
+            for p in gpu.processes
+            if p.owner == owner and p.pid
         ]
         samples = "; ".join(
             f"pid {pid}: {cgroup_lines(line) or 'no line'}" for pid, line in found[:_SAMPLES]
@@ -151,8 +184,8 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
             yield warn(
                 f"GPU {gpu_label(gpu)}",
                 f"limit {watts(limit)}, but {watts(enforced)} is enforced",
-                "a stronger limiter acts (thermal, power supply, out-of-band): nvidia-smi -q -d "
-                "POWER,PERFORMANCE and the BMC's settings",
+                "a stronger limiter acts (thermal, power supply, the module's, out-of-band): "
+                "nvidia-smi -q -d POWER,PERFORMANCE and the BMC's settings",
             )
 
 

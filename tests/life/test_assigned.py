@@ -122,6 +122,7 @@ def test_an_unreadable_list_does_not_keep_the_limit_away_but_raises_nothing(
     node.wait_limit(300)
     node.looks()
     assert node.limit(1) == 250
+    assert "_v3: UNKNOWN" in node.gpu(1).reason
 
 
 def test_a_damaged_checkpoint_leaves_processes_alone_as_evidence(

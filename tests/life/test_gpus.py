@@ -285,6 +285,48 @@ def test_a_list_with_entries_of_another_size_is_not_believed(kind: str) -> None:
         assert node.limit() == 300
 
 
+def test_a_byte_count_that_could_be_a_pid_is_found_out_by_what_stands_beside_it() -> None:
+    """With confidential computing the first process's protected memory is read as a pid."""
+    entry = "{} 1073741824 4294967295 4294967295 2097152"
+    with EnforcerNode() as node:
+        node.gpus.driver_present("550.127.08")
+        node.start()
+        pids = [node.run_pod(uid) for uid in (A, B)]
+        node.snapshot({A: 300, B: 400})
+        node.wait_limit(300)
+        node.gpus[0].fault(LISTS, wide=True)
+        node.gpus[0].list_processes(map(entry.format, pids))
+        gpu = node.wait_state("held")
+        assert "pid 2097152 in MIG instance 1073741824/0 cannot be" in gpu.reason
+        assert "driver 550.127.08" in gpu.reason
+        node.snapshot({B: 400}, others=[A])  # A is seen, B is not
+        node.looks()
+        assert node.limit() == 300
+
+
+def test_mig_instances_are_believed() -> None:
+    with EnforcerNode() as node:
+        node.start()
+        pid = node.run_pod(A)
+        node.gpus[0].list_processes([f"{pid} 1073741824 13 0"])
+        node.snapshot({A: 300})
+        assert node.limit() == 300
+
+
+@pytest.mark.parametrize("claims", [1, 4_000_000_000])
+def test_a_list_that_claims_more_than_was_read_is_unknown(claims: int) -> None:
+    with EnforcerNode() as node:
+        node.start()
+        node.run_pod(A)
+        node.snapshot({A: 300})
+        node.gpus[0].fault(LISTS, claims=claims)
+        gpu = node.wait_state("held")
+        assert "NO_SENSE; nvidia-ml-py cannot take the driver's answer" in gpu.reason
+        node.snapshot({}, others=[A])
+        node.looks()
+        assert node.limit() == 300
+
+
 @pytest.mark.parametrize(
     ("version", "believed"),
     [
@@ -310,6 +352,19 @@ def test_a_driver_known_for_such_lists_is_not_believed_at_all(version: str, beli
             assert version in node.pod(A).reason
             assert "535.98 or later" in node.pod(A).reason
             assert node.pod(A).state == "waiting"
+
+
+def test_who_waits_is_told_of_each_gpu_that_cannot_be_seen() -> None:
+    with EnforcerNode(gpus=3) as node:
+        for number in (0, 2):
+            node.gpus[number].fault(LISTS, error=UNKNOWN)
+        node.start()
+        node.snapshot({A: 300})
+        said = f"the process list of GPU 0, 2 cannot be read: {LISTS}_v3: UNKNOWN"
+        assert said in node.pod(A).reason
+        node.run_pod(A, 1)
+        node.looks()
+        assert node.pod(A).reason == "300 W on 1 GPU"
 
 
 def without(node: EnforcerNode, *versions: str) -> None:

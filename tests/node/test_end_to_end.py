@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 from shared.messages import MAX_PODS, RAW_CHARS
+from shared.powerctl import reply_checks
 from shared.powerctl.ask import UnreachableError
+from shared.powerctl.explain import explain
 from tests.node.conftest import MakeNode
 from tests.simnode.clock import WallClock
 from tests.simnode.exposition import Family, read
@@ -567,6 +569,33 @@ def test_ready_is_red_while_nvml_is_missing(make_node: MakeNode) -> None:
     node.wait_for_limit(0, 350)
     node.wait_for_state(pod, "enforced")
     node.wait_for(lambda: node.page("/readyz")[0] == 200, "green")
+
+
+def test_a_driver_whose_lists_are_wrong_is_named_wherever_one_looks(make_node: MakeNode) -> None:
+    node = make_node(start=False)
+    node.gpus.driver_present("535.86.10")
+    node.start()
+    node.wait_for(lambda: node.page("/readyz") == (200, "ok\n"), "green while nobody waits")
+    node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for(lambda: node.page("/readyz")[0] == 503, "red")
+    status = node.status()
+    found = explain(status, "default/trainer")
+    assert found is not None
+    said = {
+        "readyz": node.page("/readyz")[1],
+        "explain": " ".join(" ".join(found.text).split()),
+        "doctor": reply_checks.process_lists(status).seen,
+    }
+    for text in said.values():
+        assert "GPU 0" in text
+        assert "driver 535.86.10" in text
+        assert "update the driver to 535.98 or later" in text
+    assert node.gpus.sets() == []
+    node.gpus.driver_present("535.98")
+    node.kill_enforcer()
+    node.start_enforcer()
+    node.wait_for_limit(0, 350)
+    node.wait_for(lambda: node.page("/readyz")[0] == 200, "green again")
 
 
 # ---------------------------------------------------------------------- privileges

@@ -95,8 +95,9 @@ def _add_fault(
     ignore: bool,
     wide: bool = False,
     grow: int | None,
+    claims: int | None = None,
 ) -> None:
-    values = {"error": error, "delay_ms": delay_ms, "grow": grow, "count": count}
+    values = {"error": error, "delay_ms": delay_ms, "grow": grow, "claims": claims, "count": count}
     words = [function, *(f"{key}={value}" for key, value in values.items() if value is not None)]
     words += [word for word, is_on in (("ignore", ignore), ("wide", wide)) if is_on]
     line = " ".join(words)
@@ -228,6 +229,11 @@ class SimGpu:
     def add_process(self, pid: int, kind: Kind = "compute") -> None:
         self._change_processes(kind, lambda pids: [*(p for p in pids if p != pid), pid])
 
+    def list_processes(self, lines: Iterable[str], kind: Kind = "compute") -> None:
+        """Replace a list by lines as nvml.c reads them: a pid and what else its entry has."""
+        with _locked(self.folder):
+            _replace(self.folder / kind, "".join(f"{line}\n" for line in lines))
+
     def remove_process(self, pid: int, kind: Kind | None = None) -> None:
         for each in KINDS if kind is None else (kind,):
             self._change_processes(each, lambda pids: [p for p in pids if p != pid])
@@ -270,6 +276,7 @@ class SimGpu:
         ignore: bool = False,
         wide: bool = False,
         grow: int | None = None,
+        claims: int | None = None,
     ) -> None:
         """Order a fault of this GPU; faults.c explains the words."""
         _add_fault(
@@ -281,6 +288,7 @@ class SimGpu:
             ignore=ignore,
             wide=wide,
             grow=grow,
+            claims=claims,
         )
 
     def faults(self) -> list[str]:

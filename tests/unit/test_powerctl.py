@@ -79,6 +79,11 @@ def gpu(index: int | None = 0, **changes: object) -> Gpu:
     return msgspec.structs.replace(plain, **changes)
 
 
+def unread(why: str) -> dict[str, object]:
+    """A reply's GPUs, of which one has a process list that cannot be read."""
+    return {"gpus": [gpu(0, processes=[Process(pid=0, owner="unknown", evidence=why)])]}
+
+
 def managed_gpu(index: int, limit_mw: int, uids: list[str], **changes: object) -> Gpu:
     usual: dict[str, object] = {
         "limit_mw": limit_mw,
@@ -649,8 +654,8 @@ GPU 1, GPU-1, NVIDIA H100 80GB HBM3
   bounds      hardware 200 W to 700 W, administrator at most 600 W, together 200 W to 600 W
   target      600 W
   written     acquire 1 since the enforcer started
-  read back   limit 600 W, enforced 540 W; another limiter (thermal, power supply, out-of-band) is
-              stronger
+  read back   limit 600 W, enforced 540 W; another limiter (thermal, power supply, the module's,
+              out-of-band) is stronger
   found       700 W at first touch; factory default 700 W
 
 watcher heard 1.2 s ago (connected, revision 17)
@@ -1123,7 +1128,13 @@ def test_doctor_exits_1_on_a_failure(run_dir: Path) -> None:
         ),
         ({"gpus": [gpu(4, state="lost", reason="off the bus")]}, "GPU 4", "fail", "Xid"),
         ({"gpus": [gpu(4, state="held", reason="unreadable")]}, "GPU 4", "fail", "log"),
-        ({"gpus": [gpu(4, enforced_mw=1)]}, "GPU 4", "warn", "stronger limiter"),
+        ({"gpus": [gpu(4, enforced_mw=1)]}, "GPU 4", "warn", "the module's"),
+        (unread("x: FUNCTION_NOT_FOUND; update the driver"), "process lists", "fail", "update the"),
+        (unread("x: NOT_SUPPORTED"), "process lists", "fail", "does not tell its processes"),
+        (unread("x: NO_PERMISSION"), "process lists", "fail", "device nodes"),
+        (unread("x: UNKNOWN"), "process lists", "fail", "Xid"),
+        (unread("x: UNKNOWN"), "unknown owners", "ok", ""),
+        ({}, "process lists", "ok", ""),
         (
             {"gpus": [gpu(0, processes=[Process(pid=7, owner="unknown", evidence="0::/../x")])]},
             "unknown owners",

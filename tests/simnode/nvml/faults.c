@@ -8,6 +8,7 @@
  *   ignore     a set reports success and changes nothing
  *   wide       a process list has entries of 32 bytes where the caller reads 24, as drivers 535.43 to
  *              535.86 write them
+ *   claims=N   a process list is answered, and said to hold N entries more than the buffer has
  *   grow=N     a process list that is asked for with a buffer has outgrown it by N
  *   delay_ms=X the call takes so much longer
  *   count=N    the line applies N times, then goes; without it, until the file is cleared
@@ -57,6 +58,7 @@ static bool parse_word(const char *word, struct line *line)
         return line->fault.wide = true;
     return sscanf(word, "error=%d", &line->fault.error) == 1 ||
            sscanf(word, "grow=%u", &line->fault.grow) == 1 ||
+           sscanf(word, "claims=%u", &line->fault.claims) == 1 ||
            sscanf(word, "delay_ms=%lf", &line->delay_ms) == 1 ||
            sscanf(word, "count=%ld", &line->count) == 1;
 }
@@ -83,7 +85,7 @@ static char *find(char *text, const char *function, bool has_buffer, struct line
     for (char *begin = text; *begin != '\0';) {
         size_t length = strcspn(begin, "\n");
         *line = parse_line(begin, length);
-        bool waits_for_buffer = line->fault.grow > 0 && !has_buffer;
+        bool waits_for_buffer = line->fault.grow + line->fault.claims > 0 && !has_buffer;
         if (matches(line->function, function) && line->count != 0 && !waits_for_buffer)
             return begin;
         begin += length + (begin[length] == '\n');
@@ -104,6 +106,8 @@ static void count_down(const char *folder, const char *text, const char *begin,
             length += snprintf(one + length, 32, " error=%d", line->fault.error);
         if (line->fault.grow > 0)
             length += snprintf(one + length, 32, " grow=%u", line->fault.grow);
+        if (line->fault.claims > 0)
+            length += snprintf(one + length, 32, " claims=%u", line->fault.claims);
         snprintf(one + length, 16, "%s%s\n", line->fault.ignore ? " ignore" : "",
                  line->fault.wide ? " wide" : "");
     }

@@ -116,7 +116,7 @@ static nvmlReturn_t begin_gpu(const char *function, nvmlDevice_t device, bool ar
         return NVML_ERROR_GPU_IS_LOST;
     call->fault = faults_take(".", function, has_buffer);
     if (call->fault.error == NVML_SUCCESS && !call->fault.ignore && !call->fault.wide &&
-        call->fault.grow == 0)
+        call->fault.grow == 0 && call->fault.claims == 0)
         call->fault = faults_take(call->gpu->dir, function, has_buffer);
     return call->fault.error;
 }
@@ -617,41 +617,41 @@ bool lives(int pid)
     return running;
 }
 
-static unsigned parse_processes(char *text, bool keep_dead, process_v2 *list, unsigned most)
+/* What drivers 535.43 to 535.86 write for _v3: one field more, and the same name. */
+typedef struct {
+    process_v2 process;
+    unsigned long long protected_memory;
+} process_wide;
+
+/* The lines are described in nvml_sim.h. */
+static unsigned parse_processes(char *text, bool keep_dead, process_wide *list, unsigned most)
 {
     unsigned count = 0;
     char *rest;
     for (char *line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
-        process_v2 process = {0, NO_MEMORY, NO_INSTANCE, NO_INSTANCE};
-        int fields = sscanf(line, "%u %llu %u %u", &process.pid, &process.used_memory,
-                            &process.gpu_instance, &process.compute_instance);
-        if (fields >= 1 && count < most && (keep_dead || lives((pid_t)process.pid)))
-            list[count++] = process;
+        process_wide wide = {{0, NO_MEMORY, NO_INSTANCE, NO_INSTANCE}, 0};
+        process_v2 *process = &wide.process;
+        int fields = sscanf(line, "%u %llu %u %u %llu", &process->pid, &process->used_memory,
+                            &process->gpu_instance, &process->compute_instance,
+                            &wide.protected_memory);
+        if (fields >= 1 && count < most && (keep_dead || lives((pid_t)process->pid)))
+            list[count++] = wide;
     }
     return count;
 }
 
-/* What drivers 535.43 to 535.86 write for _v3: one field more, and the same name. */
-typedef struct {
-    process_v2 process;
-    unsigned long long used_protected_memory;
-} process_wide;
-
-static void fill_wide(process_wide *out, const process_v2 *list, unsigned count)
+static void fill(void *infos, bool v1, bool wide, const process_wide *list, unsigned count)
 {
+    process_v1 *out_v1 = infos;
+    process_v2 *out = infos;
+    process_wide *out_wide = infos;
     for (unsigned i = 0; i < count; i++)
-        out[i] = (process_wide){list[i], 0};
-}
-
-static void fill(void *infos, bool v1, const process_v2 *list, unsigned count)
-{
-    if (!v1) {
-        memcpy(infos, list, count * sizeof *list);
-        return;
-    }
-    process_v1 *out = infos;
-    for (unsigned i = 0; i < count; i++)
-        out[i] = (process_v1){list[i].pid, list[i].used_memory};
+        if (v1)
+            out_v1[i] = (process_v1){list[i].process.pid, list[i].process.used_memory};
+        else if (wide)
+            out_wide[i] = list[i];
+        else
+            out[i] = list[i].process;
 }
 
 /* The real way of sizes: too small a buffer, 0 included, is refused and told what is needed; an
@@ -659,7 +659,7 @@ static void fill(void *infos, bool v1, const process_v2 *list, unsigned count)
 static nvmlReturn_t list_processes(const char *function, const char *file, nvmlDevice_t device,
                                    unsigned *count, void *infos, bool v1)
 {
-    static process_v2 list[1024]; /* under the mutex */
+    static process_wide list[1024]; /* under the mutex */
     static char text[1024 * 48];
     struct call call;
     char marker[8];
@@ -676,10 +676,10 @@ static nvmlReturn_t list_processes(const char *function, const char *file, nvmlD
         found = *count + call.fault.grow;
     if (found > *count)
         result = NVML_ERROR_INSUFFICIENT_SIZE;
-    else if (found > 0 && call.fault.wide && !v1)
-        fill_wide(infos, list, found);
     else if (found > 0)
-        fill(infos, v1, list, found);
+        fill(infos, v1, call.fault.wide, list, found);
+    if (has_buffer && call.fault.claims > 0)
+        found = *count + call.fault.claims;
     *count = found;
     return end(result);
 }

@@ -20,7 +20,8 @@
  *                   min_mw default_mw max_mw limit_mw power_mw enforced_cap_mw(optional) faults
  *                   module_min_mw module_max_mw module_default_mw module_limit_mw (optional): of
  *                   the module that the GPU sits on, where that has a limit of its own
- *                   compute graphics mps: a line per process: pid [memory [instance [compute]]]
+ *                   compute graphics mps: a line per process:
+ *                   pid [memory [instance [compute [protected memory]]]]
  *                   keep_dead: while it exists, ended processes stay listed
  *                   cuda_error (optional): see ../cuda/cuda.c
  *                   persistence: 0 means that the limit is forgotten when nobody has NVML open and
@@ -70,6 +71,7 @@ struct fault {
     bool ignore;   /* report success, change nothing */
     bool wide;     /* entries of the process list are larger than the caller thinks */
     unsigned grow; /* the process list has outgrown the caller's buffer by so many */
+    unsigned claims; /* the process list is said to hold so many more than the buffer has */
 };
 
 /* state.c: the files. Paths are relative to SIM_NVML_DIR. */
