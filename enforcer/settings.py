@@ -22,6 +22,8 @@ from shared.settings import (
 )
 from shared.units import format_watts, parse_watts
 
+_MOST_CGROUP_ROOTS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class SafeDefault:
@@ -41,13 +43,24 @@ class SafeDefault:
 
 
 def _cgroup_roots(value: str) -> str:
-    if value == "auto":
-        return value
-    parts = [text_value(part.strip()) for part in value.split(",")]
-    for part in parts:
-        if not part.startswith("/") or ".." in part.split("/"):
-            raise ValueError("neither `auto` nor cgroup paths such as / or /kubelet.slice")
-    return ",".join(part.rstrip("/") or "/" for part in parts)
+    if value.strip() == "auto":
+        return "auto"
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) > _MOST_CGROUP_ROOTS:
+        raise ValueError(f"{len(parts)} cgroup paths; at most {_MOST_CGROUP_ROOTS}")
+    return ",".join(dict.fromkeys(_cgroup_path(part) for part in parts))
+
+
+def _cgroup_path(value: str) -> str:
+    names = text_value(value).rstrip("/").split("/")
+    if not value.startswith("/") or {"", ".", ".."} & set(names[1:]):
+        raise ValueError("neither `auto` nor cgroup paths such as / or /kubelet.slice")
+    if value.startswith("/sys/fs/cgroup"):
+        raise ValueError("a cgroup path begins below /sys/fs/cgroup: leave that out")
+    if re.fullmatch(r"kubepods|(.+-)?kubepods\.slice", names[-1]):
+        parent = "/".join(names[:-1]) or "/"
+        raise ValueError(f"'{value}' is kubepods itself; name its parent, '{parent}'")
+    return "/".join(names) or "/"
 
 
 def _patterns(value: str) -> tuple[str, ...]:
