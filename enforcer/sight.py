@@ -128,9 +128,10 @@ def _who_refused(hindrance: OSError, label: str) -> tuple[str, str]:
     if label == "unconfined":
         return "a user namespace", "set hostUsers: true, and run the node itself outside of one"
     if _SELINUX.fullmatch(label):
-        return f"SELinux ({label})", "set seLinuxOptions: {type: spc_t, level: s0} for the enforcer"
+        return f"SELinux ({label})", "set seLinuxOptions {type: spc_t, level: s0} for the enforcer"
     by = f"AppArmor ({label})" if label else "AppArmor or SELinux (no label)"
-    return by, "set appArmorProfile: Unconfined ({type: Unconfined}) for the enforcer"
+    field = "its securityContext: appArmorProfile {type: Unconfined}"
+    return by, f"set appArmorProfile: Unconfined for the enforcer ({field})"
 
 
 def _why_no_pod(own: bytes) -> str:

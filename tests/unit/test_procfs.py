@@ -332,8 +332,8 @@ def pod_cgroup() -> Iterator[tuple[Path, str]]:
         yield folder, f"/{folder.parents[3].name}"
 
 
-APPARMOR = "appArmorProfile: Unconfined"
-SELINUX = "seLinuxOptions: {type: spc_t, level: s0}"
+APPARMOR = "appArmorProfile {type: Unconfined}"
+SELINUX = "seLinuxOptions {type: spc_t, level: s0}"
 
 
 def need(*command: str) -> None:
@@ -420,6 +420,7 @@ def test_a_refusal_in_spite_of_both_capabilities_names_what_refused(
     text = sight._remedy(OSError(number, os.strerror(number)))
     assert f", by {who}" in text or f", by a {who}" in text
     assert remedy in text
+    assert ("appArmorProfile: Unconfined" in text) == (remedy == APPARMOR)
     assert "grant CAP_SYS_ADMIN" not in text
 
 
