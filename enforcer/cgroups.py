@@ -116,31 +116,52 @@ def _outermost(text: bytes) -> tuple[str, str] | None:
     return None
 
 
-def roots_beside(own: bytes, first: bytes) -> tuple[str, ...]:
+def roots_beside(own: bytes, first: bytes, runtime: bytes = b"") -> tuple[str, ...]:
     """Return the root that the own cgroup shows, and where the other driver would put pods.
 
     One node may have two: a runtime handler on cgroupfs beside one on systemd. `own` is the text of
-    a process in a pod, `first` that of pid 1, whose parent is the host's root. Only the usual
-    places count, since nobody but the host's root can make cgroups there.
+    a process in a pod, `first` that of pid 1, which shows where the host's cgroups begin, and
+    `runtime` that of the process which started the own container. Only usual places count, since
+    nobody but the host's root can make cgroups there, and none outside the host that is the own
+    one: the cgroups of a node in a container (kind, k3d) begin below those of the machine.
     """
     found = _outermost(own)
     if found is None:
         return ()
     path, root = found
-    host = _host_root(first)
+    host = _host_root(first, root)
+    if host is None:
+        return (root,)
     roots = [root]
     if match := _IN_THE_RUNTIMES.match(path, len(root.rstrip("/"))):
         roots.append((host + _slices(match[1])) or "/")
+    roots += _services(runtime, host)
     roots += [f"{host}/{service}" for service in _RUNTIMES]
-    return tuple(dict.fromkeys(roots))
+    return tuple(dict.fromkeys([*roots, host or "/"]))
 
 
-def _host_root(first: bytes) -> str:
-    """Return where the host's cgroups begin, without a slash at the end: pid 1 is in init.scope."""
-    for path in _paths(first):
-        if path.endswith("/init.scope"):
-            return path.removesuffix("/init.scope")
-    return ""
+def _host_root(first: bytes, root: str) -> str | None:
+    """Return where the host's cgroups begin, without a slash at the end; None if `root` is outside.
+
+    systemd as pid 1 is in init.scope. Others are in the root itself, or in `init` below it, since a
+    cgroup of version 2 with processes has none below (k3d's entrypoint, Talos). Where hierarchies
+    differ, the longest is taken: it lets in the least.
+    """
+    begins = {re.sub(r"/(?:init(?:\.scope)?)?$", "", path) for path in _paths(first)}
+    return max((place for place in begins if _lies_in(root, place)), key=len, default=None)
+
+
+def _lies_in(path: str, place: str) -> bool:
+    return f"{path.rstrip('/')}/".startswith(f"{place}/")
+
+
+def _services(text: bytes, host: str) -> list[str]:
+    """Return the systemd service that `text` shows: the runtime's own, in which slice ever.
+
+    EKS has containerd.service in runtime.slice, kubespray in kube.slice.
+    """
+    found = [path for path in _paths(text) if path.endswith(".service") and _lies_in(path, host)]
+    return [path for path in found if not _lies_in(path, f"{host}/user.slice")]
 
 
 def _slices(way: str) -> str:

@@ -22,6 +22,8 @@ from shared.settings import (
 )
 from shared.units import format_watts, parse_watts
 
+_MOST_CGROUP_ROOTS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class SafeDefault:
@@ -41,17 +43,26 @@ class SafeDefault:
 
 
 def _cgroup_roots(value: str) -> str:
-    if value == "auto":
-        return value
+    if value.strip() == "auto":
+        return "auto"
     parts = [part.strip() for part in text_value(value).split(",")]
-    if any(not part.startswith("/") or ".." in part.split("/") for part in parts):
+    if len(parts) > _MOST_CGROUP_ROOTS:
+        raise ValueError(f"{len(parts)} cgroup paths; at most {_MOST_CGROUP_ROOTS}")
+    return ",".join(dict.fromkeys(_cgroup_path(part) for part in parts))
+
+
+def _cgroup_path(value: str) -> str:
+    """Return `value` as the kernel spells it: another spelling would match no process at all."""
+    names = [name for name in value.split("/") if name not in ("", ".")]
+    path = "/" + "/".join(names)
+    if not value.startswith("/") or ".." in names:
         raise ValueError("neither `auto` nor cgroup paths such as / or /kubelet.slice")
-    # As the kernel spells them: another spelling would match no process, without a word.
-    return ",".join(dict.fromkeys(_spelled(part) for part in parts))
-
-
-def _spelled(path: str) -> str:
-    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+    if names[:3] == ["sys", "fs", "cgroup"]:
+        raise ValueError("a cgroup path begins below /sys/fs/cgroup: leave that out")
+    if names and re.fullmatch(r"kubepods|(.+-)?kubepods\.slice", names[-1]):
+        parent = "/" + "/".join(names[:-1])
+        raise ValueError(f"'{path}' is kubepods itself; name its parent, '{parent}'")
+    return path
 
 
 def _patterns(value: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ silence, and every GPU would look idle (I5).
 import ctypes
 import errno
 import os
+import re
 from pathlib import Path
 
 from enforcer import cgroups
@@ -15,6 +16,10 @@ _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
 # Opening pid 1's namespace takes the first (ptrace(2), PTRACE_MODE_READ), entering it the second.
 _SYS_PTRACE, _SYS_ADMIN = 19, 21  # linux/capability.h
 _SHOWN_CHARS = 200
+_GENERATIONS = 64  # from this process up to the one that pid 1 has taken over
+# user:role:type:level, and a level may have categories. AppArmor's namespaces have colons too.
+_SELINUX = re.compile(r"[^:()]+:[^:()]+:[^:()]+:s[0-9].*")
+_NO_POD = "the own cgroup shows no pod, so this is not the host's view"
 
 
 class BlindError(Exception):
@@ -47,11 +52,11 @@ def cgroup_roots(setting: str, proc_root: Path, in_kubernetes: bool) -> tuple[st
     hindrance = _join_the_hosts_cgroups()
     own, first = Path("/proc/self/cgroup").read_bytes(), _first(hindrance)
     # NVML leaves out processes of other pid namespaces in silence: every GPU would look idle.
-    if cgroups.root_above(first) is not None:
+    if cgroups.root_above(first) is not None or (first == own and not _shows_nothing(own)):
         raise BlindError("pid 1 is in a pod, so this is not the host's view: set hostPID: true")
-    beside = cgroups.roots_beside(own, first)
+    beside = cgroups.roots_beside(own, first, _runtime())
     if not beside and _shows_nothing(own):
-        raise BlindError(_why_blind(hindrance))
+        raise BlindError(f"{_NO_POD}: {_remedy(hindrance)}")
     if not (named or beside):
         raise BlindError(_why_no_pod(own))
     return named or beside
@@ -61,7 +66,28 @@ def _first(hindrance: OSError | None) -> bytes:
     try:
         return Path("/proc/1/cgroup").read_bytes()
     except OSError as error:
-        raise BlindError(_why_blind(hindrance or error)) from error
+        why = f"/proc/1/cgroup cannot be read ({error.strerror}), so this is not the host's view"
+        raise BlindError(f"{why}: {_remedy(hindrance or error)}") from error
+
+
+def _runtime() -> bytes:
+    """Return the cgroup text of what started this container, nothing where that is not seen.
+
+    A runtime's shim outlives the runtime, so pid 1 is its parent, and it is in the runtime's own
+    cgroup. So is what a runtime puts there in spite of a kubelet on systemd.
+    """
+    pid = os.getpid()
+    try:
+        for _ in range(_GENERATIONS):
+            # Field 4 of stat is the parent; the name before it may hold anything (proc(5)).
+            stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2]
+            parent = int(stat.split()[1])
+            if parent <= 1:
+                break
+            pid = parent
+        return Path(f"/proc/{pid}/cgroup").read_bytes()
+    except (OSError, ValueError, IndexError):
+        return b""
 
 
 def _join_the_hosts_cgroups() -> OSError | None:
@@ -85,20 +111,27 @@ def _shows_nothing(own: bytes) -> bool:
     return all(path == b"/" or path.startswith(b"/..") for path in paths)
 
 
-def _why_blind(hindrance: OSError | None) -> str:
-    why = "the own cgroup shows no pod, so this is not the host's view"
-    if hindrance is not None and hindrance.errno == errno.EACCES and _may_join():
-        label = _label()
-        said = (
-            f"{why}: opening /proc/1/ns/cgroup was refused though CAP_SYS_PTRACE and CAP_SYS_ADMIN"
-        )
-        if ":" in label:
-            remedy = "set seLinuxOptions {type: spc_t, level: s0} for the enforcer"
-            return f"{said} are held, by SELinux ({label}): {remedy}"
-        remedy = "set appArmorProfile {type: Unconfined} for the enforcer"
-        return f"{said} are held, by AppArmor or SELinux ({label or 'no label'}): {remedy}"
-    remedy = "run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
-    return f"{why}: set hostPID: true, and {remedy}"
+def _remedy(hindrance: OSError | None) -> str:
+    """Return what to do where pid 1's cgroup namespace could not be joined, by what refused it."""
+    refused = hindrance is not None and hindrance.errno in (errno.EACCES, errno.EPERM)
+    if hindrance is None or not refused or not _may_join():
+        return "set hostPID: true, and run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+    by, remedy = _who_refused(hindrance, _label())
+    held = "CAP_SYS_PTRACE and CAP_SYS_ADMIN are held"
+    return f"the host's cgroup namespace is refused though {held}, by {by}: {remedy}"
+
+
+def _who_refused(hindrance: OSError, label: str) -> tuple[str, str]:
+    """Return what refused it, and the remedy; `label` is what AppArmor or SELinux calls us."""
+    if hindrance.errno == errno.EPERM:  # not from opening but from setns: a filter (seccomp(2))
+        return "seccomp", "set seccompProfile: RuntimeDefault, or allow setns in the profile"
+    if label == "unconfined":
+        return "a user namespace", "set hostUsers: true, and run the node itself outside of one"
+    if _SELINUX.fullmatch(label):
+        return f"SELinux ({label})", "set seLinuxOptions {type: spc_t, level: s0} for the enforcer"
+    by = f"AppArmor ({label})" if label else "AppArmor or SELinux (no label)"
+    field = "its securityContext: appArmorProfile {type: Unconfined}"
+    return by, f"set appArmorProfile: Unconfined for the enforcer ({field})"
 
 
 def _why_no_pod(own: bytes) -> str:

@@ -92,14 +92,21 @@ def cgroup_driver(reply: messages.StatusReply) -> Check:
     """Say which cgroup driver the pods' processes show; two at once hint at a mismatch."""
     name, roots = "cgroup driver", ", ".join(reply.enforcer.cgroup_roots) or "none"
     shown = [p.evidence for gpu in reply.gpus for p in gpu.processes if "kubepods" in p.evidence]
-    drivers = {
-        "systemd" if re.search(r"kubepods[^/]*\.slice", line) else "cgroupfs" for line in shown
-    }
+    drivers = sorted({_driver(line) for line in shown})
     if len(drivers) > 1:
-        remedy = "give kubelet and container runtime the same cgroup driver"
-        return warn(name, f"systemd and cgroupfs side by side; roots {roots}", remedy)
+        remedy = (
+            "give kubelet and container runtime the same cgroup driver (SystemdCgroup of each "
+            "runtime handler): limits of memory and processors miss pods that are elsewhere"
+        )
+        return warn(name, f"{' and '.join(drivers)} side by side; roots {roots}", remedy)
     seen = drivers.pop() if drivers else "not seen yet: no pod's process on a GPU"
     return Check(name=name, seen=f"{seen}; pods are looked for below {roots}")
+
+
+def _driver(line: str) -> str:
+    if re.search(r"kubepods[^/]*\.slice:", line):
+        return "cgroupfs under a kubelet on systemd"
+    return "systemd" if re.search(r"kubepods[^/]*\.slice", line) else "cgroupfs"
 
 
 def kubelet(reply: messages.StatusReply) -> Check:

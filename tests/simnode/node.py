@@ -30,7 +30,14 @@ from tests.simnode.kubeapi import KubeApi
 from tests.simnode.kubelet import Kubelet
 from tests.simnode.programs import Program, agent_environment, children_of
 from tests.simnode.reachable import ROOT, base_folder, installation, watcher_uid
-from tests.simnode.workloads import Driver, MadeUpProc, Worker, Workers, real_cgroups
+from tests.simnode.workloads import (
+    RUNTIME,
+    Driver,
+    MadeUpProc,
+    Worker,
+    Workers,
+    real_cgroups,
+)
 from tests.waiting import HANG_S, NotInTimeError, stays, until
 
 ANNOTATION = "dynamo.nvidia.com/gpu-power-limit"
@@ -73,6 +80,8 @@ class SimNode:
         real_api: bool | None = None,
         api: Mapping[str, Any] | None = None,
         driver: Driver = "cgroupfs",
+        cgroup_levels: Sequence[str] = (),
+        runtime: str = RUNTIME,
         made_up_proc: bool = False,
         settings: Mapping[str, str] | None = None,
     ) -> None:
@@ -80,9 +89,11 @@ class SimNode:
 
         `real_api`: a real kube-apiserver instead of the embedded one; None: where
         KUBEBUILDER_ASSETS is set. `api`: arguments of KubeApi. `settings`: variables of the agent.
+        `driver`, `cgroup_levels`, `runtime`: where pods' cgroups are (tests/simnode/workloads.py).
         """
         self.name, self.supervised = name, supervised
         self._start_agent, self._driver, self._made_up_proc = start, driver, made_up_proc
+        self._levels, self._runtime = tuple(cgroup_levels), runtime
         self._fleet = list(models) if models is not None else [model] * gpus
         self._real_api = (
             bool(os.environ.get("KUBEBUILDER_ASSETS")) if real_api is None else real_api
@@ -127,7 +138,7 @@ class SimNode:
         self.checkpoint = Checkpoint(self.folder / "kubelet")
         place = None if self._made_up_proc else real_cgroups(own, self.guardian)
         self.place = place or MadeUpProc(self.folder / "proc", f"/{own}")
-        self.workers = Workers(self.place, self._driver)
+        self.workers = Workers(self.place, self._driver, levels=self._levels, runtime=self._runtime)
         undo.callback(self.workers.end_all)
         allowed = [] if _is_admin() else [os.geteuid()]
         self.gpus = SimGpus(self.folder / "gpus")
@@ -160,7 +171,7 @@ class SimNode:
             "POWER_AGENT_STATE_DIR": str(self.state_dir),
             "POWER_AGENT_KUBELET_DIR": str(self.checkpoint.root),
             "POWER_AGENT_PROC_ROOT": str(self.place.proc_root),
-            "POWER_AGENT_CGROUP_ROOT": self.place.cgroup_root,
+            "POWER_AGENT_CGROUP_ROOT": ",".join(self.workers.cgroup_roots),
             "POWER_AGENT_WATCHER_UID": str(self.watcher_uid),
             "POWER_AGENT_READER_UIDS": str(os.geteuid()),
             "POWER_AGENT_METRICS_ADDR": f"127.0.0.1:{self.metrics_port}",
@@ -297,8 +308,17 @@ class SimNode:
             self.add_worker(pod, gpus, kind=kind)
         return pod
 
-    def add_worker(self, pod: Pod, gpus: Sequence[int], *, kind: Kind = "compute") -> Worker:
-        worker = self.workers.of_pod(pod.cgroup_uid, [self.gpus[k] for k in gpus], kind=kind)
+    def add_worker(
+        self,
+        pod: Pod,
+        gpus: Sequence[int],
+        *,
+        kind: Kind = "compute",
+        driver: Driver | None = None,
+    ) -> Worker:
+        """`driver`: of this worker's runtime handler, where it is not the node's."""
+        devices = [self.gpus[k] for k in gpus]
+        worker = self.workers.of_pod(pod.cgroup_uid, devices, kind=kind, driver=driver)
         pod.workers.append(worker)
         return worker
 

@@ -2,6 +2,10 @@
 
 As root they lie in real cgroups, below one of the node's own, on the cgroup2 tree of this
 machine. Where that cannot be written they lie in a made-up proc root.
+
+A node may have a parent of `kubepods` (the kubelet's --cgroup-root), one name a level, and two
+drivers at once: `misfit` is what a runtime handler on cgroupfs makes under a kubelet on systemd. It
+takes the text `slice:prefix:id` for one name, and makes it in the runtime's own cgroup.
 """
 
 from __future__ import annotations
@@ -11,37 +15,52 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 from tests.simnode.gpus import Kind, SimGpu
 from tests.simnode.guardian import Guardian
 
-Driver = Literal["cgroupfs", "systemd"]
+Driver = Literal["cgroupfs", "systemd", "misfit"]
 Qos = Literal["guaranteed", "burstable", "besteffort"]
 
 # Ends at the end of its standard input, which is the end of the node that started it.
 _COMMAND = ["/bin/cat"]
+RUNTIME = "system.slice/containerd.service"
 _HOST_CGROUP = "0::/user.slice/user-1000.slice/session-1.scope\n"
 
 
-def pod_cgroup(uid: str, *, driver: Driver = "cgroupfs", qos: Qos = "burstable") -> str:
-    """The kubelet's cgroup of a pod, below the parent of `kubepods`."""
+def kubepods_parent(levels: Sequence[str], driver: Driver) -> str:
+    """The kubelet's --cgroup-root as a path below the host's root, empty where it is that."""
     if driver == "cgroupfs":
-        return "/".join(["kubepods", *[qos] * (qos != "guaranteed"), f"pod{uid}"])
-    stem = "kubepods"
-    slices = [f"{stem}.slice"]
-    if qos != "guaranteed":
-        stem = f"{stem}-{qos}"
-        slices.append(f"{stem}.slice")
-    # systemd reads a dash as a step down, so the kubelet writes the uid's with underscores.
-    return "/".join([*slices, f"{stem}-pod{uid.replace('-', '_')}.slice"])
+        return "/".join(levels)
+    # systemd reads a dash as a step down, so the kubelet writes those in names as underscores.
+    names = [name.replace("-", "_") for name in levels]
+    return "/".join(f"{'-'.join(names[:end])}.slice" for end in range(1, len(names) + 1))
+
+
+def pod_cgroup(
+    uid: str, *, driver: Driver = "cgroupfs", qos: Qos = "burstable", levels: Sequence[str] = ()
+) -> str:
+    """The kubelet's cgroup of a pod; `levels` lead to the parent of `kubepods`."""
+    below = ["kubepods", *[qos] * (qos != "guaranteed"), f"pod{uid}"]
+    return kubepods_parent([*levels, *below], driver)
 
 
 def container_cgroup(container: str, *, driver: Driver = "cgroupfs") -> str:
     """The runtime's cgroup of a container, below its pod's."""
     return container if driver == "cgroupfs" else f"cri-containerd-{container}.scope"
+
+
+def worker_cgroup(
+    uid: str, container: str, *, driver: Driver, qos: Qos, levels: Sequence[str], runtime: str
+) -> str:
+    """Where a container of the pod is; `runtime` is the runtime's own cgroup."""
+    pod = pod_cgroup(uid, driver=driver, qos=qos, levels=levels)
+    if driver == "misfit":
+        return f"{runtime}/{pod.rpartition('/')[2]}:cri-containerd:{container}"
+    return f"{pod}/{container_cgroup(container, driver=driver)}"
 
 
 # ---------------------------------------------------------------------- where they lie
@@ -218,17 +237,45 @@ class Worker:
 class Workers:
     """Starts the workers of one node and ends them."""
 
-    def __init__(self, place: Place, driver: Driver = "cgroupfs") -> None:
+    def __init__(
+        self,
+        place: Place,
+        driver: Driver = "cgroupfs",
+        *,
+        levels: Sequence[str] = (),
+        runtime: str = RUNTIME,
+    ) -> None:
         self.place, self._driver = place, driver
+        self._levels, self._runtime = tuple(levels), runtime
         self._all: list[Worker] = []
 
+    @property
+    def cgroup_roots(self) -> list[str]:
+        """Where pods may be: below the kubelet's parent, and where the runtime itself is."""
+        parents = [kubepods_parent(self._levels, self._driver)]
+        if self._driver != "cgroupfs":
+            parents.append(self._runtime)
+        return [f"{self.place.cgroup_root}/{parent}".rstrip("/") for parent in parents]
+
     def of_pod(
-        self, uid: str, gpus: list[SimGpu], *, qos: Qos = "burstable", kind: Kind = "compute"
+        self,
+        uid: str,
+        gpus: list[SimGpu],
+        *,
+        qos: Qos = "burstable",
+        kind: Kind = "compute",
+        driver: Driver | None = None,
     ) -> Worker:
         """In a container of its own of the pod whose cgroup shows `uid`."""
-        pod = pod_cgroup(uid, driver=self._driver, qos=qos)
-        container = container_cgroup(secrets.token_hex(32), driver=self._driver)
-        return self._add(f"{pod}/{container}", gpus, kind)
+        cgroup = worker_cgroup(
+            uid,
+            secrets.token_hex(32),
+            driver=driver or self._driver,
+            qos=qos,
+            levels=self._levels,
+            runtime=self._runtime,
+        )
+        return self._add(cgroup, gpus, kind)
 
     def of_host(self, gpus: list[SimGpu], *, kind: Kind = "compute") -> Worker:
         """Of no pod: somebody's shell on the node."""

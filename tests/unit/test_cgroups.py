@@ -22,9 +22,21 @@ class Sample(TypedDict):
     note: str
 
 
-SAMPLES: list[Sample] = json.loads(
-    (Path(__file__).parent / "data" / "cgroup_samples.json").read_text()
-)
+class Place(TypedDict):
+    """A process on a node: `own`, `first` and `runtime` are what the enforcer learns places by."""
+
+    name: str
+    source: str
+    own: str
+    first: str
+    runtime: str
+    text: str
+    pod_uid: str | None
+
+
+DATA = Path(__file__).parent / "data"
+SAMPLES: list[Sample] = json.loads((DATA / "cgroup_samples.json").read_text())
+PLACES: list[Place] = json.loads((DATA / "cgroup_places.json").read_text())
 USUAL_ROOTS = ("/", "/kubelet", "/kubelet.slice")
 OWN = "2c1f7a54-0b6e-4d0b-9a51-3f4f7c9f0a11"
 VICTIM = "9f0e1d2c-3b4a-4958-8776-655443322110"
@@ -279,6 +291,13 @@ def test_a_pod_inside_a_pod_counts_for_the_outer_one() -> None:
     assert pod_of(f"0::/{SCOPE}{SERVICE}/{COLON}\n".encode(), roots) == OWN
 
 
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place["name"])
+def test_place(place: Place) -> None:
+    roots = roots_beside(*(place[key].encode() for key in ("own", "first", "runtime")))
+    found = pod_of(place["text"].encode(), roots)
+    assert (None if isinstance(found, Stranger) else found) == place["pod_uid"]
+
+
 def test_without_a_pod_in_the_own_path_there_is_no_root() -> None:
     assert roots_beside(b"0::/system.slice/x.service\n", b"0::/init.scope\n") == ()
 
@@ -292,6 +311,43 @@ BYTES = st.one_of(
         lambda text: st.integers(0, len(text)).map(lambda cut: text[:cut])
     ),
 )
+
+
+# One level of a --cgroup-root as the kubelet spells it for systemd (systemd.unit(5)).
+LEVELS = st.lists(st.from_regex(r"[A-Za-z0-9:_.\\]{1,12}", fullmatch=True), max_size=4)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(LEVELS, st.sampled_from(["", "burstable", "besteffort"]))
+def test_any_levels_that_systemd_can_spell_show_the_pod_and_no_other_root(
+    levels: list[str], qos: str
+) -> None:
+    chain = [f"{'-'.join(levels[:end])}.slice" for end in range(1, len(levels) + 1)]
+    root, way = "/" + "/".join(chain), "".join(f"{level}-" for level in levels)
+    text = f"0::{root.rstrip('/')}/{systemd_slice(OWN, qos, way)}/x.scope\n".encode()
+    assert root_above(text) == root
+    assert pod_of(text, (root,)) == OWN
+    for end in range(len(levels)):
+        assert pod_of(text, ("/" + "/".join(chain[:end]),)) is Stranger.OTHER
+
+
+NODES = st.sampled_from(["", "/docker/a", "/docker/b", "/system.slice/docker-c.scope", "/lxc/d"])
+FIRSTS = st.sampled_from(["", "/init", "/init.scope"])
+OWNS = st.sampled_from(
+    [SCOPE, cgroupfs_path(OWN), f"kubelet.slice/{systemd_slice(OWN, nested='kubelet-')}"]
+)
+WORKERS = st.sampled_from([SCOPE, cgroupfs_path(OWN), f"{SERVICE[1:]}/{COLON}"])
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(NODES, NODES, FIRSTS, OWNS, WORKERS)
+def test_pods_count_on_the_node_whose_they_are_and_on_no_other(
+    here: str, there: str, first: str, own: str, worker: str
+) -> None:
+    """Nodes in containers, and the machine around them, in one cgroup namespace."""
+    roots = roots_beside(f"0::{here}/{own}\n".encode(), f"0::{here}{first or '/'}\n".encode())
+    found = pod_of(f"0::{there}/{worker}\n".encode(), roots)
+    assert found == (OWN if here == there else Stranger.OTHER)
 
 
 @settings(max_examples=500, deadline=None, database=None)

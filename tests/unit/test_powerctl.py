@@ -1271,9 +1271,17 @@ def test_doctor_shows_samples_of_lines_that_map_to_no_pod() -> None:
     assert check.seen.count("pid 7") == 5
 
 
+SLICE_A = f"kubepods-pod{UID_A.replace('-', '_')}.slice"
+
+
 @pytest.mark.parametrize(
     ("line", "driver"),
-    [("0::/kubepods/burstable/podx/c", "cgroupfs"), (LINE_A, "systemd"), ("0::/x", "not seen yet")],
+    [
+        ("0::/kubepods/burstable/podx/c", "cgroupfs"),
+        (LINE_A, "systemd"),
+        ("0::/x", "not seen yet"),
+        (f"0::/x.service/{SLICE_A}:cri-containerd:3fa9", "cgroupfs under a kubelet on systemd"),
+    ],
 )
 def test_doctor_tells_the_cgroup_driver(line: str, driver: str) -> None:
     process = Process(pid=7, owner=UID_A, evidence=line)

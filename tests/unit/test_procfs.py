@@ -321,10 +321,8 @@ def cgroup_of_our_own(*below: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for path in (folder, *folder.parents):
-            path.rmdir()
-            if path == top:
-                break
+        for path, _, _ in os.walk(top, topdown=False):
+            Path(path).rmdir()
 
 
 @pytest.fixture
@@ -332,6 +330,10 @@ def pod_cgroup() -> Iterator[tuple[Path, str]]:
     """A pod's cgroup; with its root's path."""
     with cgroup_of_our_own("kubepods", "burstable", f"pod{UID}", "box") as folder:
         yield folder, f"/{folder.parents[3].name}"
+
+
+APPARMOR = "appArmorProfile {type: Unconfined}"
+SELINUX = "seLinuxOptions {type: spc_t, level: s0}"
 
 
 def need(*command: str) -> None:
@@ -343,6 +345,43 @@ def need(*command: str) -> None:
 def test_in_its_pod_it_learns_the_root_from_its_own_path(pod_cgroup: tuple[Path, str]) -> None:
     folder, root = pod_cgroup
     assert ask(cgroup=folder).startswith(f"roots {root} /system.slice/containerd.service ")
+
+
+ENTER = 'echo 0 >"$0/cgroup.procs" && "$@"; exit $?'
+
+
+def enters(folder: Path) -> tuple[str, ...]:
+    """A shell that moves into a cgroup and waits there for what it starts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return ("sh", "-c", ENTER, str(folder))
+
+
+@pytest.mark.root
+def test_the_usual_places_lie_below_pid_1s_root_and_where_the_runtime_is() -> None:
+    """A node in a container: nothing of the machine around it counts."""
+    need(*NODE)
+    with cgroup_of_our_own("kubepods.slice") as folder:
+        top = folder.parent
+        slices = f"kubepods-burstable.slice/kubepods-burstable-pod{UID.replace('-', '_')}.slice"
+        own = folder / slices / "cri-containerd-3fa9.scope"
+        own.mkdir(parents=True)
+        shim = enters(top / "runtime.slice/containerd.service")
+        node = (*NODE[:4], *enters(top / "init.scope"), *shim)
+        roots = ask(node=node, cgroup=own).splitlines()[0].split()[1:]
+    name = f"/{top.name}"
+    assert roots[:2] == [name, f"{name}/runtime.slice/containerd.service"]
+    assert f"{name}/system.slice/containerd.service" in roots
+    assert all(root.startswith(name) for root in roots)
+
+
+@pytest.mark.root
+def test_in_the_container_of_pid_1_it_is_blind_though_a_root_is_named() -> None:
+    """Without hostPID and with --cgroups-per-qos=false no pod is named anywhere."""
+    need(*NODE)
+    with cgroup_of_our_own("k8s.io") as folder:
+        said = ask(node=(*NODE[:4], *enters(folder)), cgroup=folder, setting="/")
+    assert said.startswith("blind")
+    assert "hostPID: true" in said
 
 
 @pytest.mark.root
@@ -361,22 +400,36 @@ def test_a_named_root_lets_it_start_where_the_own_path_names_no_pod() -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "names"),
+    ("number", "label", "who", "remedy"),
     [
-        ("cri-containerd.apparmor.d (enforce)", "appArmorProfile {type: Unconfined}"),
-        ("system_u:system_r:container_t:s0:c1,c2", "seLinuxOptions {type: spc_t, level: s0}"),
-        ("", "appArmorProfile {type: Unconfined}"),
+        (errno.EACCES, "cri-containerd.apparmor.d (enforce)", "AppArmor", APPARMOR),
+        (errno.EACCES, ":lxd-box_<var-lib-lxd>:docker-default (enforce)", "AppArmor", APPARMOR),
+        (errno.EACCES, "", "AppArmor or SELinux", APPARMOR),
+        (errno.EACCES, "system_u:system_r:container_t:s0:c1,c2", "SELinux", SELINUX),
+        (errno.EACCES, "system_u:system_r:container_t:s0", "SELinux", SELINUX),
+        (errno.EACCES, "unconfined", "user namespace", "hostUsers: true"),
+        (errno.EPERM, "cri-containerd.apparmor.d (enforce)", "seccomp", "seccompProfile"),
     ],
 )
 def test_a_refusal_in_spite_of_both_capabilities_names_what_refused(
-    monkeypatch: pytest.MonkeyPatch, label: str, names: str
+    monkeypatch: pytest.MonkeyPatch, number: int, label: str, who: str, remedy: str
 ) -> None:
     """The kernel's modules cannot be had here: what they answer is made up, and only that."""
     monkeypatch.setattr(sight, "_may_join", lambda: True)
     monkeypatch.setattr(sight, "_label", lambda: label)
-    text = sight._why_blind(PermissionError(errno.EACCES, "Permission denied"))
-    assert names in text
+    text = sight._remedy(OSError(number, os.strerror(number)))
+    assert f", by {who}" in text or f", by a {who}" in text
+    assert remedy in text
+    assert ("appArmorProfile: Unconfined" in text) == (remedy == APPARMOR)
     assert "grant CAP_SYS_ADMIN" not in text
+
+
+def test_a_refusal_for_want_of_a_capability_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sight, "_may_join", lambda: False)
+    monkeypatch.setattr(sight, "_label", lambda: "cri-containerd.apparmor.d (enforce)")
+    text = sight._remedy(OSError(errno.EACCES, "Permission denied"))
+    assert "CAP_SYS_ADMIN and CAP_SYS_PTRACE" in text
+    assert "AppArmor" not in text
 
 
 @pytest.mark.root

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,15 @@ GOOD: list[tuple[type[CommonSettings], str, str, str, Any]] = [
     (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/", "/"),
     (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "//", "/"),
     (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/a/, /b.slice", "/a,/b.slice"),
+    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", " auto\n", "auto"),
+    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", "cgroup_root", "/a,/a/", "/a"),
+    (
+        EnforcerSettings,
+        "POWER_AGENT_CGROUP_ROOT",
+        "cgroup_root",
+        "/my\\x2dpool.slice",
+        "/my\\x2dpool.slice",
+    ),
     (EnforcerSettings, "POWER_AGENT_KUBELET_DIR", "kubelet_dir", "/k", Path("/k")),
     (
         EnforcerSettings,
@@ -202,6 +212,20 @@ def test_a_right_value_is_taken(
     assert getattr(parse_settings(kind, NODE | {variable: text}), field) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("/kubepods.slice", "name its parent, '/'"),
+        ("/a.slice/a-kubepods.slice", "name its parent, '/a.slice'"),
+        ("/sys/fs/cgroup/kubelet", "leave that out"),
+        (",".join(f"/{number}" for number in range(17)), "17 cgroup paths; at most 16"),
+    ],
+)
+def test_a_wrong_cgroup_root_is_refused_with_the_right_one(text: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        parse_settings(EnforcerSettings, NODE | {"POWER_AGENT_CGROUP_ROOT": text})
+
+
 def test_every_variable_has_a_right_value_above() -> None:
     assert {variable for _, variable, *_ in GOOD} == (ENFORCER | WATCHER) - {"POWER_AGENT_CONFLICT"}
 
@@ -211,13 +235,26 @@ def test_conflict_safe_default_is_taken_together_with_a_safe_default() -> None:
     assert parse_settings(EnforcerSettings, both).conflict == "safe-default"
 
 
+CGROUP_PATHS = [
+    *(
+        "kubelet",
+        "Auto",
+        "/a,",
+        "/a,b",
+        "/a/../b",
+        "auto,/a",
+        ",",
+    ),
+    *("/kubepods", "/kubepods.slice", "/k8s.slice/k8s-kubepods.slice/", "/,/kubelet/kubepods"),
+    *("/sys/fs/cgroup", "/sys/fs/cgroup/kubelet.slice", ",".join(f"/{n}" for n in range(17))),
+]
 WRONG: list[tuple[type[CommonSettings], str, list[str]]] = [
     (EnforcerSettings, "POWER_AGENT_RUN_DIR", ["run", "./x", "/" + "x" * 100, "/é" * 40]),
     (EnforcerSettings, "POWER_AGENT_LOG_LEVEL", ["loud", "INFO", "warn"]),
     (EnforcerSettings, "POWER_AGENT_LOG_FORMAT", ["xml", "JSON"]),
     (EnforcerSettings, "POWER_AGENT_STATE_DIR", ["state", "~/x"]),
     (EnforcerSettings, "POWER_AGENT_PROC_ROOT", ["proc"]),
-    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", ["kubelet", "Auto", "/a,", "/a,b", "/a/../b"]),
+    (EnforcerSettings, "POWER_AGENT_CGROUP_ROOT", CGROUP_PATHS),
     (EnforcerSettings, "POWER_AGENT_KUBELET_DIR", ["kubelet"]),
     (EnforcerSettings, "POWER_AGENT_KUBELET_RESOURCES", [",", "a b", "[x]", "é"]),
     (EnforcerSettings, "POWER_AGENT_WATCHER_UID", ["root", "-1", "4294967295", "1.0", "６"]),
