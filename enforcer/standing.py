@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from enforcer.policy import Stance
 from shared import messages as m
-from shared.units import MILLIWATTS_PER_WATT, same_limit
+from shared.units import MILLIWATTS_PER_WATT, meant_mw, same_limit
 from shared.units import format_watts as w
 
 _SHOWN = 300  # characters of NVML's faults
@@ -81,7 +81,8 @@ def _state(asked: m.DesiredPod, mine: list[Share]) -> tuple[m.PodState, str]:
     if asked.limit_mw is None:
         does = f"; {mine[0]}" if mine else ""
         want = "decimal watts such as 350, above 0 and at most 100000"
-        return "invalid", f"{asked.raw!r} is no limit: write {want}{does}"
+        meant = _meant(meant_mw(asked.raw), mine[0].gpu) if mine else ""
+        return "invalid", f"{asked.raw!r} is no limit: write {want}{meant}{does}"
     if not mine:
         return "waiting", "no process of it is seen on a GPU yet"
     for share in mine:
@@ -126,10 +127,13 @@ def _least(shares: list[Share]) -> Share:
 
 def _mistaken(asked_mw: int, share: Share) -> str:
     """Return why so many watts are none, and what was meant if the board could have that."""
-    gpu = share.gpu
     most = f"{w(asked_mw)} W is at least ten times what this GPU takes at most"
-    text = f"{most} ({w(gpu.max_mw)} W); the value is in watts"
-    meant_mw = asked_mw // MILLIWATTS_PER_WATT
-    if (gpu.min_mw or 1) <= meant_mw <= (gpu.max_mw or 0):
-        text += f", not milliwatts: did you mean {w(meant_mw)}?"
-    return f"{text}; {share}"
+    text = f"{most} ({w(share.gpu.max_mw)} W); the value is in watts"
+    return f"{text}{_meant(asked_mw // MILLIWATTS_PER_WATT, share.gpu)}; {share}"
+
+
+def _meant(mw: int | None, gpu: m.Gpu) -> str:
+    """Return what a value in milliwatts was to be, empty where that is no limit of this board."""
+    if mw is None or not (gpu.min_mw or 1) <= mw <= (gpu.max_mw or 0):
+        return ""
+    return f", not milliwatts: did you mean {w(mw)}?"

@@ -9,6 +9,7 @@ MAX_MW = 100_000 * MILLIWATTS_PER_WATT
 _BLANKS = " \t\n\v\f\r"
 # `\d` would also take digits of other scripts. The plus sign is what some writers let through.
 _WATTS = re.compile(r"\+?([0-9]{1,6})(?:\.([0-9]+))?")
+_MILLIWATTS = re.compile(r"\+?([0-9]{1,9})(?:\.[0-9]+)?")
 _DECIMALS = 3
 
 
@@ -28,6 +29,15 @@ def parse_watts(text: str) -> int:
     if not 0 < limit_mw <= MAX_MW:
         raise ValueError("not above 0 and at most 100000 watts; write watts, not milliwatts")
     return limit_mw
+
+
+def meant_mw(text: str) -> int | None:
+    """Return what `text` means if it counts milliwatts, None where no limit comes of it.
+
+    Of 350 W that are written as 350000, for instance, which is above what may be asked.
+    """
+    match = _MILLIWATTS.fullmatch(text.strip(_BLANKS))
+    return int(match.group(1)) if match and 0 < int(match.group(1)) <= MAX_MW else None
 
 
 def same_limit(one_mw: int, other_mw: int) -> bool:

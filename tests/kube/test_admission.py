@@ -101,7 +101,8 @@ TEXTS = [
     "306.25000000000006", "350.5000", "0.0004", "100000.001", "100001", "1000000", "NaN",
     "Inf", "inf", "null", "true", "３５０", "٣٥٠", "350\n", "350\r\n", "\x0b350\x0c", "35\n0",
     "++350", "+ 350", "+", "350\x85", "\xa0350", "3 5 0", "9" * 500, "'", "\\",
-    "350;reboot",
+    "350;reboot", "0.00099999999999999999999", "100000.00099999999999999999", "100000.0009",
+    "350." + "0" * 5000, "+0.0019", "-350", "\t+350.5 \n", "350\x1c", "350\u2003", "+.5", "+5.",
 ]  # fmt: skip
 
 
@@ -126,7 +127,10 @@ def test_the_policy_takes_what_the_agent_takes_and_refuses_the_rest(rest: RestCl
             assert "write decimal watts such as 350 or 350.5" in json.loads(answer)["message"]
 
 
-@pytest.mark.parametrize(("text", "meant"), [("70000", "70"), ("10000", "10"), ("9999", None)])
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("70000", "70"), ("10500.5\n", "10.5005"), ("10000", "10"), ("9999.999", None)],
+)
 @pytest.mark.usefixtures("rest")
 def test_milliwatts_by_mistake_are_taken_with_a_warning(
     cluster: ControlPlane, text: str, meant: str | None
@@ -142,6 +146,15 @@ def test_milliwatts_by_mistake_are_taken_with_a_warning(
         assert "milliwatts" not in warned()
     else:
         until(lambda: f"not milliwatts: did you mean {meant}?" in warned(), SOON)
+
+
+def test_milliwatts_above_what_may_be_asked_are_refused_with_what_was_meant(
+    rest: RestClient,
+) -> None:
+    for text, meant in (("350000", "350"), ("306250.0000001", "306.25")):
+        status, answer = create(rest, text)
+        assert status == 422
+        assert f"not milliwatts: did you mean {meant}?" in json.loads(answer)["message"]
 
 
 def test_what_was_refused_is_shown_but_not_all_of_it(rest: RestClient) -> None:
