@@ -56,6 +56,8 @@ version = 2
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
       SystemdCgroup = true
+[plugins."io.containerd.internal.v1.opt"]
+  path = "/var/lib/containerd/opt"
 """
 
 _KUBELET = f"""\
@@ -98,10 +100,11 @@ SELINUX_FILES = {
     "/etc/selinux/config": "SELINUX=enforcing\nSELINUXTYPE=default\n",
 }
 
-# Debian's rules for these two are not complete: they forbid what every pod takes. What containers
-# (container_t, spc_t) may do is enforced all the same.
+# Debian's rules for what a node itself runs are not complete: they forbid what every pod takes, as
+# mounting its token. What containers (container_t, spc_t) may do is enforced all the same.
+_PERMISSIVE = ("kubelet_t", "dockerd_t", "container_engine_t", "mount_t", "iptables_t")
 SELINUX_POLICY = {
-    "/etc/selinux/node.cil": "(typepermissive kubelet_t)\n(typepermissive dockerd_t)\n"
+    "/etc/selinux/node.cil": "".join(f"(typepermissive {each})\n" for each in _PERMISSIVE)
 }
 
 
