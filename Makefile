@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm image image-check sbom cluster-test hardware-check \
+.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm image image-check sbom cluster-test vm-test hardware-check \
     hardware-test lock clean
 
 VENV := .venv
@@ -139,6 +139,11 @@ hardware-check: setup ## what this machine's real GPUs and driver do; reads only
 
 hardware-test: setup ## the enforcer on this machine's real GPUs (root, POWER_AGENT_MAY_SET_LIMITS=1)
 	@$(PY) -m tests.hardware $(ARGS)
+
+# As root on Debian: qemu emulates, so it takes a quarter to half an hour. ARGS goes to tests.vm.
+FLAVOUR ?= apparmor
+vm-test: setup ## a subset of them on Debian's own kernel, emulated: FLAVOUR=apparmor or selinux
+	@$(PY) -m tests.vm --flavour $(FLAVOUR) $(ARGS)
 
 # One resolution for all: the components' locks take the versions of dev.txt. No host name is
 # written into them, so that any package index serves.

@@ -7,10 +7,11 @@ beyond the deadline, and then simply waits.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,25 @@ from typing import Any, TypeVar
 # it on two cores. pytest's own `timeout` (pyproject.toml) must be longer than this.
 HANG_S = 60.0
 POLL_S = 0.01
+
+# How many times slower than an ordinary machine the one is that the tests look at, for instance an
+# emulated one. It multiplies every deadline here, and what tests/cluster gives kubectl and probes.
+SLOWNESS_VARIABLE = "POWER_AGENT_TEST_SLOWNESS"
+
+
+def slowness(environment: Mapping[str, str]) -> float:
+    """The factor that the environment names; 1 where it names none."""
+    text = environment.get(SLOWNESS_VARIABLE) or "1"
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor <= 100:
+        raise ValueError(f"{SLOWNESS_VARIABLE}={text}: a factor from 1 to 100 is wanted")
+    return factor
+
+
+SLOWNESS = slowness(os.environ)
 
 T = TypeVar("T")
 
@@ -39,6 +59,7 @@ def until(
     `explain` is asked when the time is over, for whoever reads the failure. The condition may do a
     little work of its own each time.
     """
+    deadline_s *= SLOWNESS
     end_s = time.monotonic() + deadline_s
     while not (found := condition()):
         if time.monotonic() > end_s:

@@ -7,13 +7,15 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 
 import yaml
 
 from tests.cluster import simulator
 from tests.cluster.cluster import Cluster, Object
-from tests.waiting import until
+from tests.simnode.nvml import SONAME
+from tests.waiting import SLOWNESS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "deploy/power_agent/daemonset.yaml"
@@ -24,30 +26,55 @@ LEDGER = "/var/lib/power-agent/ledger.json"
 
 def simulated_nvml(container: str = "enforcer", env: Mapping[str, str] | None = None) -> Object:
     """The patch that gives one container the simulated library, as NVIDIA's runtime would."""
-    variables = {"LD_LIBRARY_PATH": "/simulated/lib", "SIM_NVML_DIR": "/simulated/state"}
-    variables |= dict(env or {})
+    variables = {"SIM_NVML_DIR": "/simulated/state"} | dict(env or {})
     spec = {
         "containers": [
             {
                 "name": container,
                 "env": [{"name": name, "value": value} for name, value in variables.items()],
                 "volumeMounts": [
-                    {"name": "simulated-lib", "mountPath": "/simulated/lib", "readOnly": True},
+                    # The loader looks there by itself. LD_LIBRARY_PATH it does not heed where
+                    # SELinux changed the process's type (AT_SECURE, ld.so(8)).
+                    {
+                        "name": "simulated-lib",
+                        "mountPath": f"/usr/lib/{SONAME}",
+                        "readOnly": True,
+                    },
                     {"name": "simulated-state", "mountPath": "/simulated/state"},
                 ],
             }
         ],
         "volumes": [
-            {"name": "simulated-lib", "hostPath": {"path": simulator.LIBRARY}},
+            {"name": "simulated-lib", "hostPath": {"path": simulator.LIBRARY_FILE}},
             {"name": "simulated-state", "hostPath": {"path": simulator.STATE}},
         ],
     }
+    return pod_patch(spec)
+
+
+def pod_patch(spec: Object) -> Object:
+    """A patch of the pod's specification."""
     return {
         "apiVersion": "apps/v1",
         "kind": "DaemonSet",
         "metadata": {"name": NAME, "namespace": NAMESPACE},
         "spec": {"template": {"spec": spec}},
     }
+
+
+def patient_probes(manifests: str, factor: float) -> str:
+    """The same with longer time-outs of probes; a kubelet takes only whole seconds."""
+    if factor == 1:
+        return manifests
+    documents = list(yaml.safe_load_all(manifests))
+    for document in documents:
+        template = document.get("spec", {}).get("template", {})
+        for container in template.get("spec", {}).get("containers", []):
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                if probe in container:
+                    given_s = container[probe].get("timeoutSeconds", 1)
+                    container[probe]["timeoutSeconds"] = ceil(given_s * factor)
+    return yaml.safe_dump_all(documents)
 
 
 RUNTIME_CLASS: Object = {
@@ -84,9 +111,10 @@ class Agent:
                 "images": [{"name": "dynamo/power-agent", "newName": name, "newTag": tag}],
             }
             (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-            return self.cluster.kubectl(
+            rendered = self.cluster.kubectl(
                 "kustomize", "--load-restrictor=LoadRestrictionsNone", folder
             )
+        return patient_probes(rendered, SLOWNESS)
 
     def deploy(self, *patches: Object, image: str | None = None, wait: bool = True) -> None:
         self.cluster.kubectl("apply", "-f", "-", stdin=self.kustomize(*patches, image=image))
@@ -128,8 +156,10 @@ class Agent:
         return name
 
     def container_status(self, container: str) -> Object:
-        statuses: list[Object] = self.pod()["status"]["containerStatuses"]
-        return next(status for status in statuses if status["name"] == container)
+        """Of a pod that the kubelet has not told of yet: one that never ran."""
+        statuses: list[Object] = self.pod()["status"].get("containerStatuses", [])
+        unknown: Object = {"restartCount": 0, "ready": False, "lastState": {}}
+        return next((each for each in statuses if each["name"] == container), unknown)
 
     def restarts(self, container: str) -> int:
         count: int = self.container_status(container)["restartCount"]

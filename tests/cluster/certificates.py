@@ -64,10 +64,11 @@ class ClusterCertificates:
 
     def _write_kubeconfig(self, name: str) -> None:
         user = {
-            "client-certificate": str(self.path(f"{name}.crt")),
-            "client-key": str(self.path(f"{name}.key")),
+            "client-certificate": f"{name}.crt",
+            "client-key": f"{name}.key",
         }
-        cluster = {"server": self._server, "certificate-authority": str(self.path("ca.crt"))}
+        # Relative to the file itself, so that the folder may be copied to another machine.
+        cluster = {"server": self._server, "certificate-authority": "ca.crt"}
         config = {
             "apiVersion": "v1",
             "kind": "Config",

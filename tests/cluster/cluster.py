@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.waiting import until
+from tests.waiting import SLOWNESS, until
 
 Object = dict[str, Any]
 
@@ -31,11 +31,11 @@ class Cluster:
         self, *arguments: str, stdin: str | bytes = b"", timeout_s: float = 90.0
     ) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            self.command(*arguments),
+            self.command(*(patient(each, SLOWNESS) for each in arguments)),
             env=os.environ | {"KUBECONFIG": str(self.kubeconfig)},
             input=stdin.encode() if isinstance(stdin, str) else stdin,
             capture_output=True,
-            timeout=timeout_s,
+            timeout=timeout_s * SLOWNESS,
             check=False,
         )
 
@@ -62,6 +62,14 @@ class Cluster:
 
     def gone(self, kind: str, name: str, namespace: str = "default") -> bool:
         return not self.kubectl("get", kind, name, "-n", namespace, "--ignore-not-found")
+
+
+def patient(argument: str, factor: float) -> str:
+    """The argument of kubectl, a time-out so many times longer."""
+    option, _, seconds = argument.partition("=")
+    if option != "--timeout":
+        return argument
+    return f"{option}={float(seconds.removesuffix('s')) * factor:g}s"
 
 
 # ---------------------------------------------------------------------- worker pods

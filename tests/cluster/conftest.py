@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import box, images, parts, simulator
-from tests.cluster.agent import ANNOTATION, RUNTIME_CLASS, Agent
-from tests.cluster.cluster import Cluster, KubectlError, wait_for_pod, wait_gone, worker
-from tests.cluster.node import PAUSE_IMAGE, Node
+from tests.cluster.agent import ANNOTATION, ROOT, RUNTIME_CLASS, Agent
+from tests.cluster.cluster import Cluster, KubectlError, Object, wait_for_pod, wait_gone, worker
+from tests.cluster.node import PAUSE_IMAGE, STATIC_PODS, Node
 from tests.cluster.simulator import Gpus
 from tests.kube import assets
+from tests.waiting import SLOWNESS, until
 
 # On a cluster that was given: an image that its nodes have or can pull.
 IMAGE_VARIABLE = "POWER_AGENT_TEST_IMAGE"
+# On a cluster that was given: where its node's kubelet looks for static pods.
+STATIC_PODS_VARIABLE = "POWER_AGENT_TEST_STATIC_PODS"
 GPU_LABEL = "nvidia.com/gpu.present"
 _KUBECONFIG = os.environ.get("KUBECONFIG", "")  # before any test looks away from it
 
@@ -34,6 +37,8 @@ class Place:
     next_image: str
     # None on a cluster that was given: what needs the node's files is then skipped.
     node: Node | None
+    # The kubelet's folder for them on the node, where it is known.
+    static_pods: str | None
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +71,7 @@ def _own(undo: contextlib.ExitStack) -> Place:
     cluster = Cluster(node.kubectl_command, node.kubeconfig, node.box.log_tails)
     cluster.apply(RUNTIME_CLASS)
     gpus = simulator.install(cluster, images.IMAGE, local=node.simulated_gpus)
-    return Place(cluster, gpus, images.IMAGE, following, node)
+    return Place(cluster, gpus, images.IMAGE, following, node, STATIC_PODS)
 
 
 def _given(undo: contextlib.ExitStack) -> Place:
@@ -91,7 +96,8 @@ def _given(undo: contextlib.ExitStack) -> Place:
         cluster.apply(RUNTIME_CLASS)
         undo.callback(cluster.run, "delete", "runtimeclass", "nvidia")
     undo.callback(simulator.uninstall, cluster)
-    return Place(cluster, simulator.install(cluster, image), image, image, None)
+    static_pods = os.environ.get(STATIC_PODS_VARIABLE)
+    return Place(cluster, simulator.install(cluster, image), image, image, None, static_pods)
 
 
 @pytest.fixture
@@ -105,11 +111,11 @@ def gpus(place: Place) -> Gpus:
 
 
 @pytest.fixture
-def node(place: Place) -> Node:
-    """The box, for what kubectl cannot reach."""
-    if place.node is None:
-        pytest.skip("needs the node's own files, and this cluster was given")
-    return place.node
+def static_pods(place: Place) -> str:
+    """The folder on the node whose manifests the kubelet starts by itself."""
+    if place.static_pods is None:
+        pytest.skip(f"on a given cluster it takes {STATIC_PODS_VARIABLE}, a folder of the node")
+    return place.static_pods
 
 
 @pytest.fixture
@@ -119,6 +125,31 @@ def agent(place: Place) -> Agent:
     installed.deploy()
     installed.wait_ready()
     return installed
+
+
+Install = Callable[..., Agent]
+
+
+@pytest.fixture
+def install(place: Place) -> Iterator[Install]:
+    """An overlay in place of whatever was there; removed at the end, for it may bring more."""
+    installed: list[Agent] = []
+
+    def make(name: str, *patches: Object, container: str = "enforcer", ready: bool = True) -> Agent:
+        Agent(place.cluster, place.image).delete()
+        source = ROOT / "deploy/overlays" / name
+        agent = Agent(place.cluster, place.image, source=source, container=container)
+        installed.append(agent)
+        agent.deploy(*patches, wait=ready)
+        if ready:
+            agent.wait_ready()
+        else:
+            until(agent.pods, "a pod of the agent")
+        return agent
+
+    yield make
+    for agent in installed:
+        agent.delete()
 
 
 MakeWorker = Callable[..., str]
@@ -144,6 +175,14 @@ def make_worker(place: Place) -> Iterator[MakeWorker]:
         wait_gone(place.cluster, "pod", name)
     for index in range(place.gpus.count):
         place.gpus.wait_limit(index, place.gpus.default_mw(index))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow machine has more time for a whole test, too."""
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        if mark is not None and item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.timeout(mark.args[0] * SLOWNESS), append=False)
 
 
 @pytest.hookimpl(wrapper=True)

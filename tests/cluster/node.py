@@ -10,13 +10,11 @@ from pathlib import Path
 from tests.cluster import simulator
 from tests.cluster.box import Box
 from tests.cluster.certificates import ClusterCertificates
-from tests.simnode.controlplane import etcd_command
+from tests.cluster.control_plane import SERVICE_ADDRESS, control_plane
 from tests.waiting import until
 
 NODE = "node-1"
 NODE_ADDRESS = "10.1.0.1"
-# Where pods reach the API server. It is an address of the box itself, so no kube-proxy is needed.
-SERVICE_ADDRESS = "10.0.0.1"
 READY_TIMEOUT_S = 90.0
 CONTAINERD = "/run/containerd/containerd.sock"
 PAUSE_IMAGE = "localhost/power-agent-test-pause:1"
@@ -103,11 +101,6 @@ class Node:
         return self.box.folder / "simulated-gpus"
 
     @property
-    def static_pods(self) -> Path:
-        """Manifests that lie here are started by the kubelet itself."""
-        return self.box.folder / "static-pods"
-
-    @property
     def kubeconfig(self) -> Path:
         return self._certificates.kubeconfig("admin")
 
@@ -169,8 +162,8 @@ class Node:
         wrapper = folder / "runc-private-cgroups"
         shutil.copy(Path(__file__).with_name("runc_private_cgroups.py"), wrapper)
         wrapper.chmod(0o755)
-        self.static_pods.mkdir()
-        self.box.binds[STATIC_PODS] = str(self.static_pods)
+        (folder / "static-pods").mkdir()
+        self.box.binds[STATIC_PODS] = str(folder / "static-pods")
         self.simulated_gpus.mkdir()
         self.box.binds[simulator.PLACE] = str(self.simulated_gpus)
         (folder / "kubelet.json").write_text(json.dumps(self._kubelet_config()))
@@ -179,55 +172,10 @@ class Node:
             "node0": [f"{NODE_ADDRESS}/24"],
         }
         self.box.services = {
-            "etcd": etcd_command(self._assets / "etcd", Path("/var/lib/etcd"), [2379, 2380]),
-            "kube-apiserver": self._apiserver(),
-            "kube-controller-manager": self._controller_manager(),
-            "kube-scheduler": self._scheduler(),
+            **control_plane(self._assets, self._certificates, NODE_ADDRESS),
             "containerd": ["containerd", "--config", str(folder / "containerd.toml")],
             "kubelet": self._kubelet(),
         }
-
-    def _apiserver(self) -> list[str]:
-        path = self._certificates.path
-        return [
-            str(self._assets / "kube-apiserver"),
-            f"--advertise-address={NODE_ADDRESS}",
-            "--secure-port=443",
-            "--etcd-servers=http://127.0.0.1:2379",
-            "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction",
-            f"--client-ca-file={path('ca.crt')}",
-            f"--tls-cert-file={path('server.crt')}",
-            f"--tls-private-key-file={path('server.key')}",
-            f"--kubelet-client-certificate={path('apiserver-to-kubelet.crt')}",
-            f"--kubelet-client-key={path('apiserver-to-kubelet.key')}",
-            f"--kubelet-certificate-authority={path('ca.crt')}",
-            "--kubelet-preferred-address-types=InternalIP",
-            "--service-account-issuer=https://kubernetes.default.svc",
-            f"--service-account-key-file={path('service-account.key')}",
-            f"--service-account-signing-key-file={path('service-account.key')}",
-            "--service-cluster-ip-range=10.0.0.0/24",
-            "--endpoint-reconciler-type=none",
-            "--allow-privileged=true",
-        ]
-
-    def _controller_manager(self) -> list[str]:
-        path = self._certificates.path
-        return [
-            str(self._assets / "kube-controller-manager"),
-            f"--kubeconfig={self._certificates.kubeconfig('kube-controller-manager')}",
-            f"--service-account-private-key-file={path('service-account.key')}",
-            f"--root-ca-file={path('ca.crt')}",
-            "--use-service-account-credentials=true",
-            "--leader-elect=false",
-        ]
-
-    def _scheduler(self) -> list[str]:
-        return [
-            str(self._assets / "kube-scheduler"),
-            f"--kubeconfig={self._certificates.kubeconfig('kube-scheduler')}",
-            "--leader-elect=false",
-        ]
 
     def _kubelet(self) -> list[str]:
         return [

@@ -7,19 +7,20 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from tests.cluster import simulator_pod
 from tests.cluster.cluster import Cluster, KubectlError, Object
 from tests.simnode.gpus import SetRecord
 from tests.simnode.nvml import SONAME, build_library
-from tests.waiting import until
+from tests.waiting import SLOWNESS, until
 
 NAMESPACE = "simulated-gpus"
 POD = "driver"
 # On the node. The enforcer mounts the two folders below it, and nothing else does.
 PLACE = "/var/lib/simulated-gpus"
-LIBRARY, STATE = f"{PLACE}/lib", f"{PLACE}/state"
+LIBRARY_FILE, STATE = f"{PLACE}/lib/{SONAME}", f"{PLACE}/state"
 MODEL = "H100"
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -30,13 +31,17 @@ for name, module in sys.modules.items():
     if name.partition(".")[0] == "tests":
         print(module.__file__)
 """
-# Run in the driver's pod; `@` stands for the zero byte, which no argument can hold.
+# Run in the driver's pod; `@` stands for the zero byte, which no argument can hold. The systemd
+# driver of cgroups writes a pod's uid with `_` for `-`, so the two count as the same.
 _FIND_PROCESSES = """
 import pathlib, sys
-wanted = [(f, t.replace("@", chr(0)).encode()) for f, t in zip(sys.argv[1::2], sys.argv[2::2])]
+def same(text):
+    return text.replace(b"-", b"_")
+words = [same(word.replace("@", chr(0)).encode()) for word in sys.argv[1:]]
+wanted = list(zip(sys.argv[1::2], words[1::2]))
 for entry in pathlib.Path("/proc").glob("[0-9]*"):
     try:
-        if all(text in (entry / file).read_bytes() for file, text in wanted):
+        if all(text in same((entry / file).read_bytes()) for file, text in wanted):
             print(entry.name)
     except OSError:
         pass
@@ -44,7 +49,7 @@ for entry in pathlib.Path("/proc").glob("[0-9]*"):
 _GET = """
 import sys, urllib.error, urllib.request
 try:
-    answer = urllib.request.urlopen(sys.argv[1], timeout=5)
+    answer = urllib.request.urlopen(sys.argv[1], timeout=float(sys.argv[2]))
 except urllib.error.HTTPError as error:
     answer = error
 print(answer.status)
@@ -72,7 +77,11 @@ def objects(image: str, count: int) -> list[Object]:
         "command": ["python3", "-B", "-m", "tests.cluster.simulator_pod", str(count), MODEL],
         "workingDir": "/simulator",
         "securityContext": {"privileged": True, "runAsUser": 0, "runAsGroup": 0},
-        "readinessProbe": {"exec": {"command": ["cat", "/tmp/ready"]}, "periodSeconds": 1},
+        "readinessProbe": {
+            "exec": {"command": ["cat", "/tmp/ready"]},
+            "periodSeconds": 1,
+            "timeoutSeconds": ceil(SLOWNESS),
+        },
         "volumeMounts": [
             {"name": "code", "mountPath": "/simulator"},
             {"name": "node", "mountPath": str(simulator_pod.NODE)},
@@ -155,6 +164,15 @@ class Gpus:
         place = f"{simulator_pod.NODE}/state/gpu{index}"
         self.shell(f"echo {value} >{place}/.other && mv {place}/.other {place}/limit_mw")
 
+    def write_on_node(self, path: str, text: str) -> None:
+        """A file of the node, all at once. Its name must not begin with a dot."""
+        folder, _, name = f"/proc/1/root{path}".rpartition("/")
+        fresh = f"{folder}/.{name}"
+        self.shell(f"echo {shlex.quote(text)} >{fresh} && mv {fresh} {folder}/{name}")
+
+    def remove_on_node(self, path: str) -> None:
+        self.shell(f"rm -f /proc/1/root{path}")
+
     def kill(self, pod_uid: str) -> None:
         """SIGKILL to every process of a pod that uses a GPU."""
         for pid in self.processes_of(pod_uid):
@@ -186,7 +204,7 @@ class Gpus:
     def http(self, url: str) -> tuple[int, str]:
         """What an HTTP server inside the cluster answers."""
         printed = self.cluster.kubectl(
-            "exec", "-n", NAMESPACE, POD, "--", "python3", "-c", _GET, url
+            *("exec", "-n", NAMESPACE, POD, "--", "python3", "-c", _GET, url, str(5 * SLOWNESS))
         )
         status, _, text = printed.partition("\n")
         return int(status), text

@@ -16,6 +16,8 @@ from tests.simnode.gpus import SimGpus
 
 NODE = Path("/node")
 _LOOK_S = 0.02
+# It rests several times as long as it looked: where that takes long the agent needs the processor.
+_REST = 4
 # Before its exec a container's process still has the runtime's environment.
 _SETTLED_TICKS = 2 * os.sysconf("SC_CLK_TCK")
 
@@ -72,8 +74,9 @@ def main() -> None:
     driver = Driver(prepare(int(sys.argv[1]), sys.argv[2]))
     Path("/tmp/ready").touch()
     while True:
+        began_s = time.monotonic()
         driver.look()
-        time.sleep(_LOOK_S)
+        time.sleep(max(_LOOK_S, _REST * (time.monotonic() - began_s)))
 
 
 if __name__ == "__main__":

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.cluster.agent import ANNOTATION, NAMESPACE, ROOT, Agent, annotate
+from tests.cluster.agent import ANNOTATION, NAMESPACE, Agent, annotate, pod_patch
 from tests.cluster.cluster import Cluster, Object, worker
-from tests.cluster.conftest import MakeWorker, Place
+from tests.cluster.conftest import Install, MakeWorker, Place
 from tests.cluster.node import PRIVATE_CGROUPS_RUNTIME
 from tests.cluster.simulator import Gpus
 from tests.cluster.test_privileges import status_field
 from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-Install = Callable[..., Agent]
-
-
-@pytest.fixture
-def install(place: Place) -> Iterator[Install]:
-    """An overlay in place of whatever was there; removed at the end, for it may bring more."""
-    installed: list[Agent] = []
-
-    def make(name: str, *patches: Object, container: str = "enforcer", ready: bool = True) -> Agent:
-        Agent(place.cluster, place.image).delete()
-        source = ROOT / "deploy/overlays" / name
-        agent = Agent(place.cluster, place.image, source=source, container=container)
-        installed.append(agent)
-        agent.deploy(*patches, wait=ready)
-        if ready:
-            agent.wait_ready()
-        else:
-            until(agent.pods, "a pod of the agent")
-        return agent
-
-    yield make
-    for agent in installed:
-        agent.delete()
 
 
 def check_it_enforces(gpus: Gpus, cluster: Cluster, make_worker: MakeWorker) -> None:
@@ -85,7 +60,7 @@ def test_an_enforcer_that_cannot_join_the_hosts_cgroup_namespace_says_what_it_la
     if place.node is None:
         pytest.skip("it has to be a private one, and this cluster was given")
     security = {"capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}
-    lacking = _patch({"containers": [{"name": "enforcer", "securityContext": security}]})
+    lacking = pod_patch({"containers": [{"name": "enforcer", "securityContext": security}]})
     before = len(gpus.sets(0))
     agent = install("reduced-privileges", *_private_cgroups(place), lacking, ready=False)
     make_worker("unseen", 0, watts="300")
@@ -100,22 +75,12 @@ def test_without_host_pid_the_enforcer_says_so_and_touches_nothing(
     install: Install, gpus: Gpus, make_worker: MakeWorker
 ) -> None:
     before = len(gpus.sets(0))
-    agent = install("../power_agent", _patch({"hostPID": False}), ready=False)
+    agent = install("../power_agent", pod_patch({"hostPID": False}), ready=False)
     make_worker("unseen", 0, watts="300")
     until(lambda: agent.restarts("enforcer") >= 1, "the enforcer to give up")
     assert agent.container_status("enforcer")["lastState"]["terminated"]["exitCode"] == 2
     assert "hostPID: true" in agent.log("enforcer", "--previous")
     assert len(gpus.sets(0)) == before
-
-
-def _patch(spec: Object) -> Object:
-    """Of the pod's specification."""
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "DaemonSet",
-        "metadata": {"name": "power-agent", "namespace": NAMESPACE},
-        "spec": {"template": {"spec": spec}},
-    }
 
 
 def _private_cgroups(place: Place) -> list[Object]:
@@ -131,7 +96,7 @@ def _private_cgroups(place: Place) -> list[Object]:
             "handler": name,
         }
     )
-    return [_patch({"runtimeClassName": name})]
+    return [pod_patch({"runtimeClassName": name})]
 
 
 # ---------------------------------------------------------------------- supervised

@@ -10,7 +10,6 @@ import pytest
 from tests.cluster.agent import ANNOTATION, Agent
 from tests.cluster.cluster import worker
 from tests.cluster.conftest import Place
-from tests.cluster.node import NODE, Node
 from tests.cluster.simulator import Gpus
 from tests.waiting import until
 
@@ -19,24 +18,25 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize("uid", [None, str(uuid.uuid4())], ids=["hashed-id", "uid-in-the-manifest"])
 def test_a_static_pod_is_limited_by_its_manifests_annotation(
-    uid: str | None, place: Place, node: Node, agent: Agent, gpus: Gpus
+    uid: str | None, place: Place, static_pods: str, agent: Agent, gpus: Gpus
 ) -> None:
     pod = worker("static", [0], place.image, annotations={ANNOTATION: "300"})
     pod["metadata"]["namespace"] = "default"
     if uid is not None:
         pod["metadata"]["uid"] = uid
-    file = node.static_pods / "static.json"
-    file.write_text(json.dumps(pod))
+    mirrored = f"static-{agent.pod()['spec']['nodeName']}"
+    file = f"{static_pods}/static.json"
+    gpus.write_on_node(file, json.dumps(pod))
     try:
         gpus.wait_limit(0, 300_000, timeout_s=40)
-        mirror = place.cluster.get("pod", f"static-{NODE}")["metadata"]
+        mirror = place.cluster.get("pod", mirrored)["metadata"]
         kubelets_own = mirror["annotations"]["kubernetes.io/config.hash"]
         assert mirror["uid"] != kubelets_own
         assert gpus.processes_of(kubelets_own)
         states = {entry["name"]: entry["state"] for entry in agent.status()["pods"]}
-        assert states == {f"static-{NODE}": "enforced"}
+        assert states == {mirrored: "enforced"}
     finally:
-        file.unlink()
+        gpus.remove_on_node(file)
     gpus.wait_limit(0, 700_000, timeout_s=40)
 
 
