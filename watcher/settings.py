@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 - `setting` only makes a dataclass field
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -56,9 +57,22 @@ def _address(value: str) -> Address | None:
     host, colon, port = text_value(value).rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError("neither `off` nor an address such as :9100 or 0.0.0.0:9100")
-    if ":" in host and not re.fullmatch(r"\[[^]]*\]", host):
+    if host and host == f"[{host[1:-1]}]":
+        return Address(_ip6(host[1:-1]), int(port))
+    if ":" in host:
         raise ValueError(f"an IPv6 address takes brackets, as in [{host.strip('[]')}]:{port}")
-    return Address(host.strip("[]"), int(port))
+    if not re.fullmatch(r"[A-Za-z0-9.-]*", host):
+        raise ValueError(f"{host!r} is no host; write :{port} to listen on every address")
+    return Address(host, int(port))
+
+
+def _ip6(host: str) -> str:
+    # Without the zone, which names an interface (RFC 4007): ipaddress takes only some of them.
+    try:
+        ipaddress.IPv6Address(host.partition("%")[0])
+    except ValueError as error:
+        raise ValueError(f"[{host}] is no IPv6 address such as [::]") from error
+    return host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -283,6 +283,7 @@ WRONG: list[tuple[type[CommonSettings], str, list[str]]] = [
     ),
     (WatcherSettings, "POWER_AGENT_ANNOTATION", ["a b", "/x", "kubernetes.io/config.hash"]),
     (WatcherSettings, "POWER_AGENT_METRICS_ADDR", ["9100", "0.0.0.0", "h:65536", "h:", "h:x"]),
+    (WatcherSettings, "POWER_AGENT_METRICS_ADDR", ["[x:9100", "[x]:9100", "[]:9100", "a b:9100"]),
     (WatcherSettings, "POWER_AGENT_EVENTS", ["yes"]),
 ]
 
