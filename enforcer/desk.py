@@ -7,6 +7,8 @@ import os
 from collections import deque
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from enforcer.clock import Clock
 from enforcer.policy import Desired
 from enforcer.server import Incoming, Server
@@ -34,6 +36,7 @@ class Tally:
 
     snapshots: int = 0
     denied: int = 0
+    refused_connections: int = 0
     malformed: int = 0
     stale: int = 0
 
@@ -51,7 +54,12 @@ class Desk:
         watcher = frozenset({settings.watcher_uid})
         readers = watcher | settings.reader_uids | {os.geteuid()}  # powerctl beside it, as a probe
         # Who may send which message; what is not here nobody may.
-        self._may = {m.Snapshot: watcher, m.Status: readers, m.Ping: readers}
+        self._may = {
+            m.Snapshot: watcher,
+            m.Unlisted: watcher,
+            m.Status: readers,
+            m.Ping: readers,
+        }
         self.started_s = clock.now_s()
         self._heard_s = self.started_s
         self._deaf_s = 0.0  # of the time since then
@@ -60,12 +68,15 @@ class Desk:
         self._desired = Desired("unheard")
         self.tally = Tally()
         self.snapshot: m.Snapshot | None = None
+        # What the watcher said last of itself, and when.
+        self._word: m.Snapshot | m.Unlisted | None = None
+        self._word_s = self.started_s
         self.changed = False  # the snapshot differs from the one last decided on
         self.due: list[tuple[Incoming, m.Request]] = []
 
     def take(self, requests: list[Incoming]) -> None:
         """Take requests; each gets its answer, at once or when limits are read back."""
-        self.tally.denied += self._server.take_refused()
+        self.tally.refused_connections += self._server.take_refused()
         for incoming in requests:
             try:
                 request = m.decode_request(incoming.payload)
@@ -77,6 +88,8 @@ class Desk:
                     continue
                 if isinstance(request, m.Snapshot):
                     self._take(request)
+                if isinstance(request, m.Unlisted) and self.desired().link != "living":
+                    self._keep(request)  # no heartbeat, and no pod is taken for gone
                 self.due.append((incoming, request))
             except m.RefusedError as error:
                 self._refuse(incoming, error)
@@ -121,6 +134,7 @@ class Desk:
         self._heard_s = now_s
         self._deaf_s = 0.0
         self.snapshot = new
+        self._keep(new)
         if last and _asks(last) == _asks(new):
             return  # a heartbeat
         self.changed = True
@@ -128,6 +142,9 @@ class Desk:
         ids = {alias: pod.uid for pod in new.pods for alias in pod.aliases}
         self._desired = Desired("living", pods, ids, frozenset(new.others), new.scope == "node")
         self._publish_accepted(new)
+
+    def _keep(self, word: m.Snapshot | m.Unlisted) -> None:
+        self._word, self._word_s = word, self._clock.now_s()
 
     def _check_session(self, new: m.Snapshot, now_s: float) -> None:
         """Raise RefusedError for what is older than the snapshot that is held."""
@@ -180,13 +197,27 @@ class Desk:
 
     def watcher(self) -> m.WatcherStatus:
         """Return the watcher as it looks from here."""
-        seen, age_s = self.snapshot, round(self._clock.now_s() - self._heard_s, 3)
+        now_s = self._clock.now_s()
+        seen, age_s = self.snapshot, round(now_s - self._heard_s, 3)
+        told = self._of_itself(now_s)
         if seen is None:
-            return m.WatcherStatus()
-        near = age_s - self._deaf_s <= _LIVING_S
-        return m.WatcherStatus(
-            connected=near, session=seen.session, revision=seen.revision, age_s=age_s
+            return told
+        return msgspec.structs.replace(
+            told,
+            connected=age_s - self._deaf_s <= _LIVING_S,
+            session=seen.session,
+            revision=seen.revision,
+            age_s=age_s,
         )
+
+    def _of_itself(self, now_s: float) -> m.WatcherStatus:
+        """Return what the watcher says of itself and of the API, as far as it still holds."""
+        word, ago_s = self._word, now_s - self._word_s
+        if word is None or ago_s - self._deaf_s > _LIVING_S:
+            return m.WatcherStatus()
+        api_age_s = None if word.api_age_s is None else round(word.api_age_s + ago_s, 3)
+        why = word.why if isinstance(word, m.Unlisted) else ""
+        return m.WatcherStatus(unlisted=why, api_age_s=api_age_s, api_error=word.api_error)
 
 
 def _asks(snapshot: m.Snapshot) -> tuple[object, ...]:

@@ -40,6 +40,7 @@ class Facts:
     min_mw: int | None = None
     max_mw: int | None = None
     persistence: bool | None = None
+    pci: str | None = None  # the address on the PCI bus, as the driver writes it
 
     def or_else(self, before: "Facts") -> "Facts":
         """Return these facts, and those of `before` where these are not known.
@@ -52,6 +53,7 @@ class Facts:
             min_mw=before.min_mw if self.min_mw is None else self.min_mw,
             max_mw=before.max_mw if self.max_mw is None else self.max_mw,
             persistence=before.persistence if self.persistence is None else self.persistence,
+            pci=before.pci if self.pci is None else self.pci,
         )
 
 

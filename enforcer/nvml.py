@@ -251,4 +251,11 @@ def _facts(handle: object) -> tuple[Facts, list[NvmlError]]:
     name = ask(pynvml.nvmlDeviceGetName)
     mode = _number(pynvml.nvmlDeviceGetPersistenceMode, handle)  # no error: no limit depends on it
     persistence = None if mode is None else mode == pynvml.NVML_FEATURE_ENABLED
-    return Facts(name, default_mw, min_mw, max_mw, persistence), errors
+    pci = None
+    with contextlib.suppress(NvmlError):  # it is only shown
+        pci = _call(_bus_id, handle)
+    return Facts(name, default_mw, min_mw, max_mw, persistence, pci), errors
+
+
+def _bus_id(handle: object) -> str:
+    return str(pynvml.nvmlDeviceGetPciInfo_v3(handle).busId)

@@ -1,6 +1,7 @@
 """What goes over the socket about this node: built here, from values, and nowhere else. Pure."""
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def about(config: EnforcerSettings, cgroup_roots: Iterable[str], ledger: Path) -
     return m.EnforcerStatus(
         version=__version__,
         pid=os.getpid(),
+        started_ts=round(time.time(), 3),
         dry_run=config.dry_run,
         min_mw=config.min_mw,
         max_mw=config.max_mw,
@@ -63,6 +65,7 @@ def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
     return m.Gpu(
         index=gpu.index,
         uuid=gpu.uuid,
+        pci=facts.pci,
         name=facts.name,
         limit_mw=reading.limit_mw if reading else None,
         enforced_mw=reading.enforced_mw if reading else None,
@@ -122,16 +125,17 @@ def _assigned(sighting: Sighting | None, desired: Desired) -> list[m.Assigned]:
 
 def answer(request: m.Request, status: m.StatusReply) -> m.Reply:
     """Return the answer to `request`: all of the status, or what the watcher needs of it."""
-    if not isinstance(request, m.Snapshot):
+    if not isinstance(request, m.Snapshot | m.Unlisted):
         return status
     return m.Report(
         session=request.session,
-        revision=request.revision,
+        revision=request.revision if isinstance(request, m.Snapshot) else 0,
         nvml=status.enforcer.nvml,
         nvml_message=status.enforcer.nvml_message,
         gpus=status.gpus,
         pods=status.pods,
         counters=status.counters,
+        enforcer=status.enforcer,
     )
 
 
@@ -152,6 +156,7 @@ def counters(gpus: Iterable[Gpu], tally: Tally, dropped_log_lines: int) -> m.Cou
         drifts=sum(gpu.drifts for gpu in known),
         snapshots=tally.snapshots,
         denied=tally.denied,
+        refused_connections=tally.refused_connections,
         malformed=tally.malformed,
         stale=tally.stale,
         dropped_log_lines=dropped_log_lines,

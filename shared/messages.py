@@ -20,6 +20,8 @@ Id = Annotated[str, Meta(min_length=1, max_length=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=253)]
 LimitMw = Annotated[int, Meta(ge=1, le=MAX_MW)]
 Revision = Annotated[int, Meta(ge=0, le=2**53)]
+AgeS = Annotated[float, Meta(ge=0, le=1e9)]
+ApiText = Annotated[str, Meta(max_length=300)]
 
 NvmlState = Literal["ok", "absent", "failing"]
 GpuState = Literal["free", "managed", "held", "failed", "lost"]
@@ -59,6 +61,21 @@ class Snapshot(_Request, frozen=True, kw_only=True, tag="snapshot"):
     others: list[Id]
     # Whether these are all pods of the node, or those of one namespace.
     scope: Literal["node", "namespace"] = "node"
+    api_age_s: AgeS | None = None  # since the API server's last word, None where it said none
+    api_error: ApiText = ""  # what is wrong with the API now, empty where nothing is
+
+
+class Unlisted(_Request, frozen=True, kw_only=True, tag="unlisted"):
+    """watcher -> enforcer: it lives, but has no list of pods to tell; asks and changes nothing.
+
+    So it is no heartbeat: "not known" is never taken for "nothing".
+    """
+
+    session: Id
+    node: Name
+    why: ApiText
+    api_age_s: AgeS | None = None
+    api_error: ApiText = ""
 
 
 class Status(_Request, frozen=True, kw_only=True, tag="status"):
@@ -89,6 +106,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
     index: int | None = None
     uuid: str
+    pci: str | None = None  # the PCI address as NVML writes it: 00000000:3B:00.0
     name: str | None = None
     limit_mw: int | None = None
     enforced_mw: int | None = None
@@ -136,6 +154,7 @@ class Counters(Struct, frozen=True, kw_only=True):
     drifts: int = 0
     snapshots: int = 0
     denied: int = 0
+    refused_connections: int = 0  # closed before a byte was read: no message came of them
     malformed: int = 0
     stale: int = 0
     dropped_log_lines: int = 0  # which nobody took from standard output
@@ -147,6 +166,7 @@ class EnforcerStatus(Struct, frozen=True, kw_only=True):
     version: str
     pid: int
     uptime_s: float = 0.0
+    started_ts: float | None = None  # when it started, as Unix time
     dry_run: bool
     nvml: NvmlState = "absent"
     nvml_message: str = "not opened yet"
@@ -168,10 +188,16 @@ class WatcherStatus(Struct, frozen=True, kw_only=True):
     session: str | None = None
     revision: int | None = None
     age_s: float | None = None
+    unlisted: str = ""  # why it has no pods to tell, as it says now; empty where it tells them
+    api_age_s: float | None = None  # since the API server's last word to it; None: not known
+    api_error: str = ""  # what is wrong with the API now, as it says
 
 
 class Report(_Message, frozen=True, kw_only=True, tag="report"):
-    """enforcer -> watcher: the answer to a snapshot, after it was acted on."""
+    """enforcer -> watcher: the answer to a snapshot, after it was acted on, or to an unlisted.
+
+    `revision` is 0 in an answer to the latter.
+    """
 
     session: str
     revision: int
@@ -180,6 +206,7 @@ class Report(_Message, frozen=True, kw_only=True, tag="report"):
     gpus: list[Gpu]
     pods: list[Pod]
     counters: Counters
+    enforcer: EnforcerStatus | None = None
 
 
 class StatusReply(_Message, frozen=True, kw_only=True, tag="status_reply"):
@@ -261,7 +288,7 @@ class MessageDenied(_Event, frozen=True, kw_only=True, tag="message_denied"):
     uid: int | None
 
 
-Request = Snapshot | Status | Ping
+Request = Snapshot | Unlisted | Status | Ping
 Reply = Report | StatusReply | Pong | Error
 Event = (
     LimitSet
@@ -289,7 +316,7 @@ class _Header(Struct, frozen=True):
 
 
 T = TypeVar("T")
-_REQUEST_TYPES = ("snapshot", "status", "ping")
+_REQUEST_TYPES = ("snapshot", "unlisted", "status", "ping")
 _header_decoder = msgspec.msgpack.Decoder(_Header)
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

@@ -114,7 +114,7 @@ def test_where_few_files_may_be_open_it_takes_few_connections_and_lives() -> Non
             sock = idle.enter_context(socket.socket(socket.AF_UNIX))
             with contextlib.suppress(OSError):  # dropped with the others, or too soon after that
                 sock.connect(str(control_path(node.run_dir)))
-        assert node.status().counters.denied > 0
+        assert node.status().counters.refused_connections > 0
         assert len(descriptors_of(node.pid)) < 64
 
 

@@ -361,7 +361,7 @@ def test_an_answer_that_msgspec_has_another_error_for_raises_a_decode_error(
 def test_no_pid_and_no_path_travels_towards_root() -> None:
     definitions = messages.schema()["$defs"]
     fields = [*definitions["Snapshot"]["properties"], *definitions["DesiredPod"]["properties"]]
-    assert sorted(fields) == sorted([*SNAPSHOT, "scope", *POD])
+    assert sorted(fields) == sorted([*SNAPSHOT, "scope", "api_age_s", "api_error", *POD])
     for request in ("Status", "Ping"):
         assert definitions[request]["properties"].keys() == {"type", "v"}
 
@@ -369,7 +369,7 @@ def test_no_pid_and_no_path_travels_towards_root() -> None:
 def test_the_schema_names_every_message_and_who_sends_it() -> None:
     schema = messages.schema()
     named = {definition["$ref"].rpartition("/")[2] for definition in schema["anyOf"]}
-    assert len(named) == 15
+    assert len(named) == 16
     for name in named:
         definition = schema["$defs"][name]
         assert "v" in definition["properties"], name

@@ -1396,7 +1396,7 @@ def test_schema_is_the_protocol_as_json_schema() -> None:
     shown = json.loads(done.stdout)
     assert (done.returncode, shown) == (0, messages.schema())
     assert shown["$defs"]["DesiredPod"]["additionalProperties"] is False
-    assert len(shown["anyOf"]) == 15
+    assert len(shown["anyOf"]) == 16
 
 
 def test_the_worked_example_of_the_protocols_description_works(run_dir: Path) -> None:
