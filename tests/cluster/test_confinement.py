@@ -30,7 +30,9 @@ def label(gpus: Gpus, program: str) -> str:
 
 
 @pytest.fixture
-def apparmor(gpus: Gpus) -> None:
+def apparmor(agent: Agent, gpus: Gpus) -> None:
+    # containerd loads its profile with the first container that it confines: here the watcher.
+    assert agent.pods()
     if "(enforce)" not in on_node(gpus, "/sys/kernel/security/apparmor/profiles"):
         pytest.skip("the node has no AppArmor")
 
