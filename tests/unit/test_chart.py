@@ -536,3 +536,14 @@ def test_the_grace_period_is_longer_than_a_stop_takes() -> None:
         {"settings": {"exitSeconds": 30}},
     ):
         assert "so a stop would be cut off before GPUs are given back" in refusal(values)
+
+
+def test_under_supervisord_the_grace_period_is_as_long_as_its_stops_together() -> None:
+    """It stops the watcher first, and the enforcer gets what is left."""
+    conf = (ROOT / "supervisord.conf").read_text()
+    stops_s = sum(int(each) for each in re.findall(r"^stopwaitsecs=(\d+)$", conf, re.MULTILINE))
+    values: Object = {"supervised": True, "settings": {"exitSeconds": 1}}
+    made = render(values | {"terminationGracePeriodSeconds": stops_s})
+    assert template(made)["spec"]["terminationGracePeriodSeconds"] == stops_s
+    words = refusal(values | {"terminationGracePeriodSeconds": stops_s - 1})
+    assert f"supervisord takes up to {stops_s} to stop watcher, enforcer and watchdog" in words

@@ -20,6 +20,9 @@
 {{- if gt (addf $exit 5.0) (float64 .Values.terminationGracePeriodSeconds) }}
 {{- fail (printf "terminationGracePeriodSeconds=%v is not 5 above settings.exitSeconds=%v, so a stop would be cut off before GPUs are given back: raise it" .Values.terminationGracePeriodSeconds $exit) }}
 {{- end }}
+{{- if and .Values.supervised (lt (int .Values.terminationGracePeriodSeconds) 22) }}
+{{- fail (printf "terminationGracePeriodSeconds=%v is too short with supervised=true, where supervisord takes up to 22 to stop watcher, enforcer and watchdog one after the other: raise it" .Values.terminationGracePeriodSeconds) }}
+{{- end }}
 {{- if and .Values.resourceQuota.enabled (not .Values.priorityClassName) }}
 {{- fail "resourceQuota.enabled=true is for pods of priorityClassName, which is empty: name a class, or set it to false" }}
 {{- end }}
