@@ -114,6 +114,8 @@ class Agent:
             rendered = self.cluster.kubectl(
                 "kustomize", "--load-restrictor=LoadRestrictionsNone", folder
             )
+        if not name.startswith("docker.io/dynamo/"):  # of a registry, from which the node may pull
+            rendered = rendered.replace("imagePullPolicy: Never", "imagePullPolicy: IfNotPresent")
         return patient_probes(rendered, SLOWNESS)
 
     def deploy(self, *patches: Object, image: str | None = None, wait: bool = True) -> None:

@@ -147,7 +147,8 @@ def test_the_lines_to_change_are_marked() -> None:
             following = (each.strip() for each in lines[number:])
             marked.add(next(each for each in following if not each.startswith("#")).split(":")[0])
     assert marked == {
-        "image", "nodeSelector", "priorityClassName", "runtimeClassName", "tolerations",
+        "image", "imagePullPolicy", "nodeSelector", "priorityClassName", "runtimeClassName",
+        "tolerations",
     }  # fmt: skip
 
 

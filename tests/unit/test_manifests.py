@@ -248,3 +248,33 @@ def test_both_have_memory_limits_and_no_cpu_limit(containers: dict[str, Object])
     for container in containers.values():
         assert set(container["resources"]["requests"]) == {"cpu", "memory"}
         assert set(container["resources"]["limits"]) == {"memory"}
+
+
+FILES = sorted(path for path in (ROOT / "deploy").rglob("*.yaml") if "helm" not in path.parts)
+
+
+def images(value: Any) -> list[tuple[str, str | None]]:  # noqa: ANN401
+    """Every image in an object, with the policy beside it."""
+    if isinstance(value, list):
+        return [found for each in value for found in images(each)]
+    if not isinstance(value, dict):
+        return []
+    own = [(value["image"], value.get("imagePullPolicy"))] if "image" in value else []
+    return own + [found for each in value.values() for found in images(each)]
+
+
+def test_no_node_pulls_an_image_from_an_account_that_is_not_ours() -> None:
+    """A name without a registry is docker.io's. Such an image has to be built or loaded there."""
+    found = [
+        (path.name, *each)
+        for path in FILES
+        for document in yaml.safe_load_all(path.read_text())
+        for each in images(document)
+    ]
+    assert {path for path, _, _ in found} == {"daemonset.yaml", "patch.yaml", "job.yaml"}
+    assert {(image, policy) for _, image, policy in found} == {(IMAGE, "Never")}
+
+
+def test_the_image_that_is_built_is_the_one_that_runs() -> None:
+    for file in ("README.md", "Dockerfile", "docs/deployment.md"):
+        assert f"docker build -t {IMAGE} ." in (ROOT / file).read_text(), file
