@@ -24,9 +24,8 @@ from tests.waiting import HANG_S
 pytestmark = pytest.mark.kube
 
 STRICT = ("apply", "--dry-run=server", "--validate=strict")
-FOLDERS = ["power_agent", "policies", "qualify", *(f"overlays/{each.name}" for each in sorted(
-    (DEPLOY / "overlays").iterdir()
-))]  # fmt: skip
+OVERLAYS = sorted(f"overlays/{each.name}" for each in (DEPLOY / "overlays").iterdir())
+FOLDERS = ["power_agent", "policies", "policies-dynamo", "qualify", *OVERLAYS]
 MONITORING = {each: {"enabled": True} for each in ("podMonitor", "prometheusRule", "dashboard")}
 CHARTS: dict[str, Object] = {
     "default": {},
@@ -44,7 +43,19 @@ CHARTS: dict[str, Object] = {
                 {"matchExpressions": [{"key": "gpu", "operator": "Exists"}]}
             ]}}},
         "maxUnavailable": "10%",
-        "monitoring": MONITORING,
+        "monitoring": {
+            **MONITORING,
+            "podMonitor": {"enabled": True, "relabelings": [
+                {"targetLabel": "cluster", "replacement": "one"}
+            ]},
+            "prometheusRule": {"enabled": True, "disabled": ["PowerAgentDown"]},
+        },
+        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+        "extraVolumes": [{"name": "certificates", "configMap": {"name": "ca"}}],
+        "watcher": {"extraVolumeMounts": [
+            {"name": "certificates", "mountPath": "/certificates", "readOnly": True}
+        ]},
+        "probes": {"watcher": {"liveness": None}, "enforcer": {"startup": {"periodSeconds": 9}}},
         "admission": {"enabled": True, "writers": ["system:serviceaccount:a:planner"]},
         "networkPolicy": {
             "enabled": True,
@@ -55,6 +66,10 @@ CHARTS: dict[str, Object] = {
     "namespaced": {"settings": {"watchNamespace": "default", "events": True}},
     "supervised": {"supervised": True, "privileges": "minimal"},
     "no metrics": {"settings": {"metricsAddr": "off"}, "runtimeClassName": ""},
+    "a Service": {
+        "monitoring": {"service": {"enabled": True}, "serviceMonitor": {"enabled": True}},
+        "nodeSelector": None, "allNodes": True, "seLinuxOptions": {"type": "spc_t"},
+    },
     "names and accounts": {
         "fullnameOverride": "gpu-power", "serviceAccount": {"create": False, "name": "own"},
         "terminationGracePeriodSeconds": 61, "seLinux": {"enabled": True}, "privileges": "minimal",
@@ -98,6 +113,7 @@ def kube(cluster: ControlPlane) -> Iterator[ControlPlane]:
     """With the kinds of the Prometheus operator."""
     kinds = [
         definition("PodMonitor", "podmonitors"),
+        definition("ServiceMonitor", "servicemonitors"),
         definition("PrometheusRule", "prometheusrules"),
     ]
     text = manifest(kinds)

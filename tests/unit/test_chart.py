@@ -77,13 +77,19 @@ def test_the_chart_says_the_same_as_the_plain_files(case: str) -> None:
         assert without_helm_labels(rendered[name]) == without_helm_labels(each), name
 
 
-def test_the_chart_has_the_same_admission_policies() -> None:
+@pytest.mark.parametrize("folder", ["policies", "policies-dynamo"])
+def test_the_chart_has_the_same_admission_policies(folder: str) -> None:
+    values: Object = {"admission": {"enabled": True}}
+    if folder == "policies-dynamo":
+        values = yaml.safe_load((CHART / "values-dynamo.yaml").read_text())
     chart = {
         name: each
-        for name, each in named(render({"admission": {"enabled": True}})).items()
+        for name, each in named(render(values)).items()
         if name[0].startswith("ValidatingAdmission") or name[0] == "ConfigMap"
     }
-    plain = named(kustomize(DEPLOY / "policies"))
+    plain = named(kustomize(DEPLOY / folder))
+    writers = plain["ConfigMap", "power-agent-policy"]["data"]
+    writers["writers"] = writers["writers"].strip()  # one line more or less is the same list
     assert chart.keys() == plain.keys()
     for name, each in plain.items():
         assert without_helm_labels(chart[name]) == without_helm_labels(each), name
@@ -205,7 +211,9 @@ def test_values_shape_the_pod_too() -> None:
     assert found["watcher"]["ports"][0]["containerPort"] == 9200
     assert volumes["state"]["hostPath"]["path"] == "/var/lib/elsewhere"
     assert volumes["proc"]["hostPath"]["path"] == "/proc"
+    assert volumes["sys"]["hostPath"]["path"] == "/sys"
     assert mounts["enforcer", "proc"] == "/host/proc"
+    assert mounts["enforcer", "sys"] == "/host/sys"
     assert mounts["enforcer", "state"] == "/var/lib/elsewhere"
     assert mounts["enforcer", "run"] == mounts["watcher", "run"] == "/run/elsewhere"
 
@@ -349,6 +357,119 @@ REFUSED: dict[str, tuple[Object, str]] = {
         {"admission": {"enabled": True, "minWatts": 300}, "settings": {"maxWatts": 200}},
         "admission.minWatts=300 is above admission.maxWatts=200",
     ),
+    "a stranger's image": (
+        {"image": {"pullPolicy": "IfNotPresent"}},
+        "would pull image.repository=dynamo/power-agent from docker.io, from an account that",
+    ),
+    "a stranger's image by its full name": (
+        {"image": {"repository": "docker.io/dynamo/power-agent", "pullPolicy": "Always"}},
+        "name the registry that you pushed to, pin image.digest, or leave the policy empty",
+    ),
+    "a ledger in the root": ({"settings": {"stateDir": "/"}}, "settings.stateDir=/ is the whole"),
+    "a ledger in a roundabout root": (
+        {"settings": {"stateDir": "/var/../"}}, "settings.stateDir=/var/../ is the whole root",
+    ),
+    "a ledger in the system": (
+        {"settings": {"stateDir": "/etc/power-agent"}},
+        "settings.stateDir=/etc/power-agent is the system's own: name a folder of its own, such as",
+    ),
+    "sockets over the image": ({"settings": {"runDir": "/opt/power-agent"}}, "is the system's own"),
+    "a kubelet in the root": ({"settings": {"kubeletDir": "/"}}, "settings.kubeletDir=/ is the"),
+    "a path with dots": (
+        {"settings": {"stateDir": "/var/lib/x/../y"}}, "as /var/lib/y",
+    ),
+    "the node's root as driver": (
+        {"driver": {"hostPath": "/", "libraryPath": "/usr/local/nvidia/lib64"}},
+        "driver.hostPath=/ is the whole root",
+    ),
+    "a library elsewhere": (
+        {"driver": {"hostPath": "/opt/nvidia", "libraryPath": "/opt/nvidia/lib"}},
+        "driver.libraryPath=/opt/nvidia/lib is not below driver.mountPath=/usr/local/nvidia",
+    ),
+    "a ledger among the sockets": (
+        {"settings": {"stateDir": "/run/power-agent/state"}}, "lie one inside the other",
+    ),
+    "a monitor of nothing": (
+        {"settings": {"metricsAddr": "off"}, "monitoring": {"podMonitor": {"enabled": True}}},
+        "monitoring.podMonitor.enabled=true, but settings.metricsAddr=off serves no metrics",
+    ),
+    "alerts on nothing": (
+        {"settings": {"metricsAddr": "off"}, "monitoring": {"prometheusRule": {"enabled": True}}},
+        "monitoring.prometheusRule.enabled=true, but settings.metricsAddr=off",
+    ),
+    "a monitor without its Service": (
+        {"monitoring": {"serviceMonitor": {"enabled": True}}},
+        "set monitoring.service.enabled=true too",
+    ),
+    "all series twice": (
+        {"monitoring": {each: {"enabled": True} for each in (
+            "service", "serviceMonitor", "podMonitor",
+        )}},
+        "scraped and counted twice",
+    ),
+    "an alert that is none": (
+        {"monitoring": {"prometheusRule": {"enabled": True, "disabled": ["PowerAgentUp"]}}},
+        "names PowerAgentUp, which is no alert of the chart: name one of PowerAgentDown",
+    ),
+    "a default below the bounds": (
+        {"settings": {"minWatts": 300, "safeDefault": 200}},
+        "settings.safeDefault=200 is below settings.minWatts=300, so it would never be set",
+    ),
+    "a default above the bounds": (
+        {"settings": {"maxWatts": "300", "safeDefault": "350.5"}},
+        "settings.safeDefault=350.5 is above settings.maxWatts=300",
+    ),
+    "policies above the bounds": (
+        {"settings": {"maxWatts": 300}, "admission": {
+            "enabled": True, "minWatts": 400, "maxWatts": 500}},
+        "admission.minWatts=400 is above settings.maxWatts=300: every limit that may be written",
+    ),
+    "policies below the bounds": (
+        {"settings": {"minWatts": 300}, "admission": {
+            "enabled": True, "minWatts": 100, "maxWatts": 200}},
+        "admission.maxWatts=200 is below settings.minWatts=300: every limit that may be written",
+    ),
+    "every node": (
+        {"nodeSelector": None}, "so every node would get a privileged pod, with a GPU or without",
+    ),
+    "every node that is only liked": (
+        {"nodeSelector": {"nvidia.com/gpu.present": None}, "affinity": {"nodeAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": []}}},
+        "name a label of your GPU nodes, or set allNodes=true",
+    ),
+    "every node and one label": ({"allNodes": True}, "set nodeSelector=null, or allNodes=false"),
+    "a label of the chart's": ({"podLabels": {"app": "other"}}, "podLabels names app, by which"),
+    "a setting as a variable": (
+        {"extraEnv": [{"name": "POWER_AGENT_MIN_WATTS", "value": "1"}]},
+        "extraEnv names POWER_AGENT_MIN_WATTS: set settings.minWatts",
+    ),
+    "a variable of the chart's": (
+        {"enforcer": {"extraEnv": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "0"}]}},
+        "enforcer.extraEnv sets what the chart sets; use driver.visibleDevices",
+    ),
+    "a variable twice": (
+        {"extraEnv": [{"name": "A"}], "watcher": {"extraEnv": [{"name": "A"}]}},
+        "extraEnv says A twice for one container",
+    ),
+    "a volume of the chart's": (
+        {"extraVolumes": [{"name": "state"}]}, "extraVolumes names state, which is a volume of the",
+    ),
+    "the ledger for the watcher": (
+        {"watcher": {"extraVolumeMounts": [{"name": "state", "mountPath": "/state"}]}},
+        "watcher.extraVolumeMounts names state, which extraVolumes does not have",
+    ),
+    "a volume over the sockets": (
+        {"extraVolumes": [{"name": "a"}],
+         "extraVolumeMounts": [{"name": "a", "mountPath": "/run/power-agent/x"}]},
+        "extraVolumeMounts a (/run/power-agent/x) and settings.runDir (/run/power-agent) lie one",
+    ),
+    "labels of SELinux twice": (
+        {"seLinux": {"enabled": True}, "seLinuxOptions": {"type": "spc_t"}}, "use one of them",
+    ),
+    "a probe cut short": (
+        {"probes": {"enforcer": {"liveness": {"timeoutSeconds": 5}}}},
+        "probes.enforcer.liveness.timeoutSeconds=5 would end a probe that may ask for 8 seconds",
+    ),
     "nobody in blanks": ({"admission": {"writers": ["a b"]}}, "admission/writers"),
 }  # fmt: skip
 
@@ -373,6 +494,34 @@ def test_a_digest_pins_the_image() -> None:
     digest = "sha256:" + "0" * 64
     for container in containers(render({"image": {"digest": digest}})).values():
         assert container["image"] == f"dynamo/power-agent:v{__version__}@{digest}"
+
+
+PULLED = {
+    "dynamo/power-agent": "Never",
+    "docker.io/dynamo/power-agent": "Never",
+    "index.docker.io/dynamo/power-agent": "Never",
+    "power-agent": "Never",
+    "docker.io/example/power-agent": "IfNotPresent",
+    "images.example.com/dynamo/power-agent": "IfNotPresent",
+    "localhost:5000/power-agent": "IfNotPresent",
+}
+
+
+@pytest.mark.parametrize("repository", PULLED)
+def test_nothing_is_pulled_from_an_account_that_is_not_ours(repository: str) -> None:
+    """The pod of `helm test` too."""
+    made = render({"image": {"repository": repository}})
+    found = [
+        *containers(made).values(),
+        *named(made)["Pod", "power-agent-test"]["spec"]["containers"],
+    ]
+    assert {each["imagePullPolicy"] for each in found} == {PULLED[repository]}
+
+
+def test_pinned_bytes_may_be_pulled_from_anywhere() -> None:
+    image = {"digest": "sha256:" + "0" * 64, "pullPolicy": "IfNotPresent"}
+    for container in containers(render({"image": image})).values():
+        assert container["imagePullPolicy"] == "IfNotPresent"
 
 
 def test_a_cluster_without_the_runtime_class() -> None:
@@ -474,6 +623,7 @@ def test_the_notes_say_how_to_see_it_work() -> None:
         "helm test power-agent -n dynamo-system",
         "-c enforcer -- powerctl status",
         "kubectl annotate pod POD dynamo.nvidia.com/gpu-power-limit=350",
+        "nodes pull nothing: dynamo/power-agent:v1.0.0 has to be on each of them",
     ):
         assert command in text
     assert "DRY RUN" in text
@@ -488,6 +638,98 @@ def test_the_chart_packages_whole(tmp_path: Path) -> None:
     ).stdout.split()  # fmt: skip
     sources = {str(path.relative_to(CHART)) for path in CHART.rglob("*") if path.is_file()}
     assert {each.removeprefix("power-agent/") for each in listed} == sources
+
+
+# ---------------------------------------------------------------------- what people add
+
+EXTRAS: Object = {
+    "extraEnv": [{"name": "NO_PROXY", "value": ".svc"}],
+    "extraVolumes": [{"name": "ca", "configMap": {"name": "ca"}}, {"name": "c", "emptyDir": {}}],
+    "extraVolumeMounts": [{"name": "c", "mountPath": "/c"}],
+    "watcher": {
+        "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/ca/ca.crt"}],
+        "extraVolumeMounts": [{"name": "ca", "mountPath": "/ca", "readOnly": True}],
+    },
+    "enforcer": {"extraEnv": [{"name": "LD_BIND_NOW", "value": "1"}]},
+    "seLinuxOptions": {"type": "own_t"},
+}
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_what_is_added_is_in_the_containers_that_it_is_for(supervised: bool) -> None:
+    made = render(EXTRAS | {"supervised": supervised})
+    found = containers(made)
+    assert {"ca", "c"} <= {each["name"] for each in template(made)["spec"]["volumes"]}
+    wanted = {"watcher": {"NO_PROXY", "SSL_CERT_FILE"}, "enforcer": {"NO_PROXY", "LD_BIND_NOW"}}
+    mounted = {"watcher": {"/c", "/ca"}, "enforcer": {"/c"}}
+    for name, container in found.items():
+        for added, got in (
+            (wanted, {each["name"] for each in container["env"]}),
+            (mounted, {each["mountPath"] for each in container["volumeMounts"]}),
+        ):
+            every = set().union(*added.values())
+            assert got & every == (every if supervised else added[name])
+        assert container["securityContext"]["seLinuxOptions"] == {"type": "own_t"}
+
+
+def test_probes_have_the_numbers_that_they_are_given() -> None:
+    probes = {
+        "watcher": {"liveness": None, "startup": {"failureThreshold": 90}},
+        "enforcer": {"readiness": {"timeoutSeconds": 30, "initialDelaySeconds": 5}},
+    }
+    made, plain = containers(render({"probes": probes})), containers(render())
+    assert "livenessProbe" not in made["watcher"]
+    startup, before = (each["watcher"]["startupProbe"] for each in (made, plain))
+    assert startup == before | {"failureThreshold": 90}
+    readiness, before = (each["enforcer"]["readinessProbe"] for each in (made, plain))
+    assert readiness == before | {"timeoutSeconds": 30, "initialDelaySeconds": 5}
+
+
+RELABEL = {"targetLabel": "cluster", "replacement": "one"}
+DROP = {"sourceLabels": ["__name__"], "regex": "python_.*", "action": "drop"}
+
+
+@pytest.mark.parametrize("kind", ["podMonitor", "serviceMonitor"])
+def test_both_monitors_scrape_alike_and_are_relabelled(kind: str) -> None:
+    more = {"enabled": True, "relabelings": [RELABEL], "metricRelabelings": [DROP]}
+    values = {"service": {"enabled": kind == "serviceMonitor"}, kind: more}
+    made = named(render({"monitoring": values, "fullnameOverride": "gpu-limits"}))
+    monitor = made[kind[0].upper() + kind[1:], "gpu-limits"]["spec"]
+    (endpoint,) = monitor.get("podMetricsEndpoints") or monitor["endpoints"]
+    assert (endpoint["port"], endpoint["honorLabels"]) == ("metrics", True)
+    assert [each["targetLabel"] for each in endpoint["relabelings"]] == ["node", "cluster"]
+    assert endpoint["metricRelabelings"] == [DROP]
+    # The alerts know the agent by its job's name, whatever the release is called.
+    assert monitor["jobLabel"] == "app"
+
+
+def test_the_service_leads_to_every_agent_and_its_monitor_to_it() -> None:
+    values = {each: {"enabled": True} for each in ("service", "serviceMonitor")}
+    made = named(render({"monitoring": values, "settings": {"metricsAddr": ":9200"}}))
+    service = made["Service", "power-agent"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert [each["port"] for each in service["spec"]["ports"]] == [9200]
+    pods = made["DaemonSet", "power-agent"]["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= pods.items()
+    wanted = made["ServiceMonitor", "power-agent"]["spec"]["selector"]["matchLabels"]
+    assert wanted.items() <= service["metadata"]["labels"].items()
+
+
+def test_single_alerts_can_be_left_out() -> None:
+    def alerts(disabled: list[str]) -> list[str]:
+        values = {"prometheusRule": {"enabled": True, "disabled": disabled}}
+        rule = named(render({"monitoring": values}))["PrometheusRule", "power-agent"]
+        return [each["alert"] for group in rule["spec"]["groups"] for each in group["rules"]]
+
+    every = alerts([])
+    off = [every[0], every[-1]]
+    assert alerts(off) == [each for each in every if each not in off]
+
+
+def test_every_node_if_it_is_said() -> None:
+    spec = template(render({"allNodes": True, "nodeSelector": None}))["spec"]
+    assert "nodeSelector" not in spec
 
 
 # ---------------------------------------------------------------------- names, accounts

@@ -32,6 +32,14 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- with .Values.image.digest }}@{{ . }}{{ end }}
 {{- end }}
 
+{{- /* docker.io's, where nobody of the product has an account: a name without a registry is docker.io's. */ -}}
+{{- define "power-agent.strangers" -}}
+{{- if regexMatch "^((index\\.|registry-1\\.)?docker\\.io/)?((dynamo|library)/.+|[^/]+)$" .Values.image.repository }}true{{ end }}
+{{- end }}
+{{- define "power-agent.pullPolicy" -}}
+{{ .Values.image.pullPolicy | default (ternary "Never" "IfNotPresent" (eq (include "power-agent.strangers" .) "true")) }}
+{{- end }}
+
 {{- /* Where a setting is not given, these are the agent's own defaults (each program's settings.py). */ -}}
 {{- define "power-agent.annotation" -}}
 {{ .Values.settings.annotation | default "dynamo.nvidia.com/gpu-power-limit" }}
@@ -46,7 +54,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.settings.stateDir | default "/var/lib/power-agent" }}
 {{- end }}
 {{- define "power-agent.ownProcRoot" -}}
-{{- with .Values.settings.procRoot }}{{ if ne . "/proc" }}{{ . }}{{ end }}{{ end }}
+{{- with .Values.settings.procRoot }}{{ if ne (trimSuffix "/" .) "/proc" }}{{ . }}{{ end }}{{ end }}
+{{- end }}
+{{- define "power-agent.ownSysfsRoot" -}}
+{{- with .Values.settings.sysfsRoot }}{{ if ne (trimSuffix "/" .) "/sys" }}{{ . }}{{ end }}{{ end }}
 {{- end }}
 {{- define "power-agent.kubeletDir" -}}
 {{- $dir := .Values.settings.kubeletDir | default "/var/lib/kubelet" }}
@@ -197,15 +208,46 @@ appArmorProfile:
 categories keep it from the other container's files. A privileged container needs no label, and
 containerd ignores it there. */ -}}
 {{- define "power-agent.seLinux" -}}
-{{- if .seLinux.enabled }}
+{{- with .seLinuxOptions | default (ternary .seLinux.options dict .seLinux.enabled) }}
 seLinuxOptions:
-  {{- toYaml .seLinux.options | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{- define "power-agent.probe" -}}
-exec:
-  command: ["probe", "8"]
+{{- /* The three probes of a container: by HTTP from the watcher, or the enforcer's own. */ -}}
+{{- define "power-agent.probes" -}}
+{{- range $kind := list "startup" "liveness" "readiness" }}
+{{- with index $.numbers $kind }}
+{{ $kind }}Probe:
+  {{- if $.http }}
+  httpGet:
+    path: {{ ternary "/readyz" "/healthz" (eq $kind "readiness") }}
+    port: metrics
+  {{- else }}
+  exec:
+    command: ["probe", "8"]
+  {{- end }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* What the administrator adds to the containers named after the root of all values. */ -}}
+{{- define "power-agent.extraEnv" -}}
+{{- $values := (first .).Values }}
+{{- $all := $values.extraEnv }}
+{{- range rest . }}{{ $all = concat $all (index $values .).extraEnv }}{{ end }}
+{{- with $all }}
+{{- toYaml . }}
+{{- end }}
+{{- end }}
+{{- define "power-agent.extraMounts" -}}
+{{- $values := (first .).Values }}
+{{- $all := $values.extraVolumeMounts }}
+{{- range rest . }}{{ $all = concat $all (index $values .).extraVolumeMounts }}{{ end }}
+{{- with $all }}
+{{- toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "power-agent.rootMounts" -}}
@@ -225,6 +267,11 @@ exec:
 {{- end }}
 {{- with include "power-agent.ownProcRoot" . }}
 - name: proc
+  mountPath: {{ . }}
+  readOnly: true
+{{- end }}
+{{- with include "power-agent.ownSysfsRoot" . }}
+- name: sys
   mountPath: {{ . }}
   readOnly: true
 {{- end }}
