@@ -152,10 +152,41 @@ def test_the_lines_to_change_are_marked() -> None:
     }  # fmt: skip
 
 
+def test_the_writers_under_dynamo_are_those_of_the_policies() -> None:
+    """As `system:serviceaccount:NAMESPACE:NAME` there, as name and namespace in the table."""
+    data = named(kustomize(DEPLOY / "policies-dynamo"))["ConfigMap", "power-agent-policy"]["data"]
+    accounts = {tuple(line.split(":")[2:]) for line in data["writers"].split()}
+    told = re.findall(r"^\| .* \| `([a-z-]+)` in `([a-z-]+)` \|", TEXT, re.MULTILINE)
+    assert {(namespace, name) for name, namespace in told} == accounts
+    assert f"the group `{data['writerGroups']}`" in TEXT
+
+
+def test_beside_dynamo_all_but_the_namespace_is_removed() -> None:
+    short = {"ds": "DaemonSet", "sa": "ServiceAccount", "clusterrole": "ClusterRole",
+             "clusterrolebinding": "ClusterRoleBinding"}  # fmt: skip
+    section = TEXT.partition("\n## Under Dynamo\n")[2].partition("\n## ")[0]
+    removed = re.findall(r"^ +kubectl delete (\S+) power-agent", section, re.MULTILINE)
+    kinds = {short[each] for line in removed for each in line.split(",")}
+    assert kinds == {kind for kind, _ in named(kustomize(DEPLOY / "power_agent"))} - {"Namespace"}
+
+
 @pytest.fixture
 def deploy(tmp_path: Path) -> Path:
     """A copy, to add to."""
     return Path(shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("helm")))
+
+
+def test_one_line_gives_the_agent_a_namespace_of_its_own(deploy: Path) -> None:
+    own = deploy / "overlays/own"
+    own.mkdir()
+    (line,) = re.findall(r"`(namespace: [a-z-]+)`", TEXT)
+    (own / "kustomization.yaml").write_text(f"resources: [../../power_agent]\n{line}\n")
+    made = named(kustomize(own))
+    name = line.partition(": ")[2]
+    assert {each["metadata"].get("namespace", name) for each in made.values()} == {name}
+    assert ("Namespace", name) in made
+    (subject,) = made["ClusterRoleBinding", "power-agent"]["subjects"]
+    assert subject["namespace"] == name
 
 
 def test_the_overlays_of_the_examples_build(deploy: Path) -> None:
@@ -172,5 +203,7 @@ def test_the_overlays_of_the_examples_build(deploy: Path) -> None:
     assert mounted == {"run", "state", "kubelet", "driver"}
     enforcer = containers(combined)["enforcer"]
     assert enforcer["image"] == "images.example.com/dynamo/power-agent:v1.0.0"
+    policies = {each["imagePullPolicy"] for each in containers(combined).values()}
+    assert policies == {"IfNotPresent"}  # it is that registry's, and ours
     assert enforcer["securityContext"]["privileged"] is False
     assert literals(enforcer)["POWER_AGENT_ON_EXIT"] == "hold"
