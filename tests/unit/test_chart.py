@@ -375,6 +375,21 @@ REFUSED: dict[str, tuple[Object, str]] = {
     ),
     "sockets over the image": ({"settings": {"runDir": "/opt/power-agent"}}, "is the system's own"),
     "a kubelet in the root": ({"settings": {"kubeletDir": "/"}}, "settings.kubeletDir=/ is the"),
+    "a ledger in another's folder": (
+        {"settings": {"stateDir": "/var/lib/kubelet", "kubeletDir": "off"}},
+        "settings.stateDir=/var/lib/kubelet belongs to another program of the node",
+    ),
+    "writers, and nobody looks": (
+        {"admission": {"writerGroups": ["power-operators"]}},
+        "admission.enabled=false lets everybody",
+    ),
+    "peers, and nobody looks": (
+        {"networkPolicy": {"from": [{"podSelector": {}}]}},
+        "networkPolicy.enabled=false lets everybody",
+    ),
+    "policies that deny and warn": (
+        {"admission": {"enabled": True, "actions": ["Deny", "Warn"]}}, "leave one out",
+    ),
     "a path with dots": (
         {"settings": {"stateDir": "/var/lib/x/../y"}}, "as /var/lib/y",
     ),
@@ -470,7 +485,9 @@ REFUSED: dict[str, tuple[Object, str]] = {
         {"probes": {"enforcer": {"liveness": {"timeoutSeconds": 5}}}},
         "probes.enforcer.liveness.timeoutSeconds=5 would end a probe that may ask for 8 seconds",
     ),
-    "nobody in blanks": ({"admission": {"writers": ["a b"]}}, "admission/writers"),
+    "nobody in blanks": (
+        {"admission": {"enabled": True, "writers": ["a b"]}}, "admission/writers",
+    ),
 }  # fmt: skip
 
 

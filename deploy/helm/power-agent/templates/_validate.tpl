@@ -44,6 +44,7 @@
 {{- include "power-agent.validatePaths" . }}
 {{- include "power-agent.validateNodes" . }}
 {{- include "power-agent.validateExtras" . }}
+{{- include "power-agent.validateSwitches" . }}
 {{- include "power-agent.validateMonitoring" . }}
 {{- include "power-agent.validateWatts" . }}
 {{- end }}
@@ -115,6 +116,10 @@
 {{- fail (printf "%s=%s is the system's own: name a folder of its own, such as %s" $name . (get (dict "settings.stateDir" "/var/lib/power-agent" "settings.runDir" "/run/power-agent" "settings.procRoot" "/host/proc" "settings.sysfsRoot" "/host/sys" "settings.kubeletDir" "/var/lib/kubelet" "driver.mountPath" "/usr/local/nvidia") $name)) }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- /* The enforcer makes its folder root's alone. */ -}}
+{{- with regexFind "^/var/lib/(containerd|containers|crio|docker|etcd|kubelet)(/|$)" ($s.stateDir | default "") }}
+{{- fail (printf "settings.stateDir=%s belongs to another program of the node: name a folder of its own, such as /var/lib/power-agent" $s.stateDir) }}
 {{- end }}
 {{- $d := .Values.driver }}
 {{- if and $d.hostPath $d.libraryPath (not (hasPrefix (printf "%s/" (trimSuffix "/" $d.mountPath)) (printf "%s/" $d.libraryPath))) }}
@@ -216,6 +221,20 @@ driver.mountPath: {{ .Values.driver.mountPath | trimSuffix "/" | quote }}
 {{- include "power-agent.validateOnce" (dict "what" "extraEnv" "field" "name" "lists" (list .Values.extraEnv .Values.watcher.extraEnv) "second" .Values.enforcer.extraEnv "together" .Values.supervised) }}
 {{- include "power-agent.validateOnce" (dict "what" "extraVolumeMounts" "field" "mountPath" "lists" (list .Values.extraVolumeMounts .Values.watcher.extraVolumeMounts) "second" .Values.enforcer.extraVolumeMounts "together" .Values.supervised) }}
 {{- include "power-agent.validateProbes" . }}
+{{- end }}
+
+{{- /* Who names people or places and leaves the switch off believes that it is on. */ -}}
+{{- define "power-agent.validateSwitches" -}}
+{{- $a := .Values.admission }}{{ $n := .Values.networkPolicy }}
+{{- if and (not $a.enabled) (or $a.writers $a.writerGroups) }}
+{{- fail "admission.writers or admission.writerGroups say who may write limits, but admission.enabled=false lets everybody: set it to true, or empty the lists" }}
+{{- end }}
+{{- if and (has "Deny" $a.actions) (has "Warn" $a.actions) }}
+{{- fail "admission.actions has Deny and Warn, which the API server does not take together: leave one out" }}
+{{- end }}
+{{- if and (not $n.enabled) (or $n.from $n.apiServer) }}
+{{- fail "networkPolicy.from or networkPolicy.apiServer names peers, but networkPolicy.enabled=false lets everybody: set it to true, or empty the lists" }}
+{{- end }}
 {{- end }}
 
 {{- define "power-agent.validateMonitoring" -}}
