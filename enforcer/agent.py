@@ -15,6 +15,7 @@ from enforcer import gpu as one
 from enforcer import report
 from enforcer.agenda import Agenda, Due
 from enforcer.announce import Announcer
+from enforcer.brake import Brake, Orders
 from enforcer.clock import Clock
 from enforcer.desk import Desk
 from enforcer.device import Device, DeviceError
@@ -68,6 +69,8 @@ class Agent:
         self._clock = world.clock
         self._kubelet = world.kubelet
         self._ledger = ledger
+        self._brake = Brake(ledger.path.parent)
+        self._orders = Orders()
         self._me = me
         self._desk = Desk(world.server, config, log, world.clock)
         self._announcer = Announcer(log, world.server, world.clock)
@@ -81,6 +84,7 @@ class Agent:
     def turn(self) -> None:
         """Wait for a request or for what is due next, and do it."""
         self._hear(self._server.receive(self._wake_s() - self._clock.now_s()))
+        self._obey()
         desired = self._desk.desired()
         if desired.link == "expired" and self._link != "expired":
             self._agenda = self._agenda.scan_now(self._clock.now_s())
@@ -112,6 +116,7 @@ class Agent:
 
     def _act(self, desired: Desired) -> None:
         """Decide, write ahead what may be written now, carry it out, settle what came of it."""
+        self._obey()  # reading may have taken half a minute
         batch = self._decide(desired)
         refused = self._enter(batch)
         for gpu in batch:
@@ -119,6 +124,23 @@ class Agent:
             self._settle(gpu, outcome)
 
     # ---- hear ----
+
+    def _obey(self) -> None:
+        """Take what a person on the node has ordered; what is new is decided on at once."""
+        orders = self._brake.look()
+        if orders == self._orders:
+            return
+        self._orders = orders
+        self._log.warning("brake", why=str(orders))
+        self._agenda = self._agenda.scan_now(self._clock.now_s())
+
+    def _mute(self, uuid: str) -> str:
+        """Return why this GPU may not be written now, empty where it may."""
+        if self._config.dry_run:
+            return "dry run"
+        # The order for one GPU goes before the one for all.
+        may_write = self._orders.paused is None or uuid in self._orders.released
+        return "" if may_write else self._orders.words
 
     def _wake_s(self) -> float:
         wake_s = self._agenda.wake_s(changed=self._desk.changed, write_s=self._write_s())
@@ -191,7 +213,7 @@ class Agent:
     # ---- decide ----
 
     def _plan(self, desired: Desired) -> dict[str, Decision]:
-        views = [one.view_of(gpu) for gpu in self._fleet]
+        views = [one.view_of(gpu, self._orders.released) for gpu in self._fleet]
         seen = [view for view in views if view is not None]
         return plan(desired, seen, self._ledger.entries, self._config)
 
@@ -213,11 +235,11 @@ class Agent:
             if is_blind and gpu.uuid not in decisions:
                 continue  # nothing new is known of it, and who used it stays known
             decision = decisions.get(gpu.uuid, UNDECIDED)
-            decided = one.decided(gpu, decision, dry_run=self._config.dry_run)
+            decided = one.decided(gpu, decision, mute=self._mute(gpu.uuid))
             self._fleet.become(decided)
             if decided.said != gpu.said:
-                why = decision.reason
-                self._log.info("gpu_state", uuid=gpu.uuid, state=decision.state, why=why)
+                now = decided.decision
+                self._log.info("gpu_state", uuid=gpu.uuid, state=now.state, why=now.reason)
 
     def _ready(self, now_s: float) -> list[Gpu]:
         return [gpu for gpu in self._fleet if one.is_ready(gpu, now_s)]
@@ -332,6 +354,8 @@ class Agent:
             uptime_s=round(self._clock.now_s() - self._desk.started_s, 3),
             node=snapshot.node if snapshot else None,
             kubelet=self._kubelet.state if self._kubelet else "off",
+            paused=self._orders.paused,
+            released=list(self._orders.released),
         )
         counters = report.counters(self._fleet, self._desk.tally, self._log.dropped)
         status = m.StatusReply(
@@ -348,8 +372,14 @@ class Agent:
     # ---- the end ----
 
     def stop(self) -> None:
-        """Give every GPU back, or leave limits and ledger for the next start, as configured."""
-        if self._config.on_exit == "restore" and not self._config.dry_run:
+        """Give every GPU back, or leave limits and ledger for the next start, as configured.
+
+        A pause leaves them, too: else whoever stops the agent in a hurry would lift all limits.
+        """
+        self._obey()
+        if self._orders.paused is not None and self._ledger.entries:
+            self._log.warning("brake", why=f"nothing is given back: {self._orders.words}")
+        elif self._config.on_exit == "restore" and not self._config.dry_run:
             self._give_back()
         self._fleet.shut()
 

@@ -337,8 +337,11 @@ def is_used(gpu: Gpu, desired: Desired, owned: bool) -> bool:
     return owned or bool(desired.pods_among(here) & desired.pods.keys())
 
 
-def view_of(gpu: Gpu) -> SeenGpu | None:
-    """Return what policy needs to know of it, None while it does not answer."""
+def view_of(gpu: Gpu, released: Mapping[str, str]) -> SeenGpu | None:
+    """Return what policy needs to know of it, None while it does not answer.
+
+    `released` says why a person wants some GPUs given back, by UUID.
+    """
     if not isinstance(gpu.where, Present):
         return None
     facts = gpu.facts
@@ -347,6 +350,7 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
         occupants=owners(gpu),
         newcomers=_newcomers(gpu.where, gpu.beside),
         assigned=assigned(gpu),
+        released=released.get(gpu.uuid),
         why_unseen=gpu.where.sighting.why if gpu.where.sighting else "",
         limit_mw=gpu.limit_mw,
         default_mw=facts.default_mw,
@@ -358,22 +362,32 @@ def view_of(gpu: Gpu) -> SeenGpu | None:
 # ---- what it is to have ----
 
 
-def decided(gpu: Gpu, decision: Decision, *, dry_run: bool) -> Gpu:
-    """Return the GPU with a decision; where nothing is to be done, no trouble is left."""
-    said = gpu.said if decision is UNDECIDED else decision.state
+def decided(gpu: Gpu, decision: Decision, *, mute: str = "") -> Gpu:
+    """Return the GPU with a decision; where nothing is to be done, no trouble is left.
+
+    `mute` is why nothing may be written now, empty where it may.
+    """
     gpu = _with_neighbours(gpu, decision)
     if gpu.trouble and decision.action == "drift":
         decision = replace(decision, action=gpu.trouble.decision.action)
     elif decision.action == "drift" and _is_forgotten(gpu):
         reason = f"{decision.reason}; {_FORGOTTEN}"
         decision = replace(decision, action="adjust", reason=reason)
-    if dry_run and decision.action:
-        reason = f"dry run, nothing is written; would be: {decision.reason}"
-        decision = replace(decision, action=None, reason=reason)
+    # What could not be written before is no less wrong while nothing may be written.
     trouble = gpu.trouble if decision.action else None
+    if mute and decision.action:
+        decision = _muted(decision, mute)
+    said = gpu.said if decision is UNDECIDED else decision.state
     if (decision, said, trouble) == (gpu.decision, gpu.said, gpu.trouble):
         return gpu
     return replace(gpu, decision=decision, said=said, trouble=trouble)
+
+
+def _muted(decision: Decision, mute: str) -> Decision:
+    """Return the decision without what it was to do; what is not given back is not free."""
+    reason = f"{mute}, nothing is written; would be: {decision.reason}"
+    state = "held" if decision.action == "release" else decision.state
+    return replace(decision, action=None, reason=reason, state=state)
 
 
 def may_write_s(gpu: Gpu) -> float | None:

@@ -58,6 +58,8 @@ class SeenGpu:
     why_unseen: str = ""
     # The pods that the kubelet has assigned it to: they count while they live (any of their ids).
     assigned: frozenset[str] = frozenset()
+    # Why a person on the node wants it given back, None where nobody does.
+    released: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,8 @@ class _Case:
     rules: EnforcerSettings
 
     def decide(self) -> Decision:
-        if end := _END.get(self.desired.link):
-            return self._give_back(end)
+        if ordered := self._ordered():
+            return ordered
         if self.desired.link == "unheard":
             why = "no snapshot of the watcher came yet"
             return self._hold(why) if self.owned else Decision("free", why)
@@ -209,6 +211,14 @@ class _Case:
         if self.desired.link == "silent" and self._gives_power(decision):
             return self._hold("watcher is silent")
         return decision
+
+    def _ordered(self) -> Decision | None:
+        """Give it back whatever is seen there: a person says so, or all is given back (I4)."""
+        if (why := self.gpu.released) is not None:
+            because = f": {why}" if why else ""
+            return self._give_back(f"a person on the node keeps it free of limits{because}")
+        end = _END.get(self.desired.link)
+        return self._give_back(end) if end else None
 
     def _blind(self) -> bool:
         return self.gpu.occupants is None or Stranger.UNKNOWN in self.gpu.occupants

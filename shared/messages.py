@@ -179,6 +179,8 @@ class EnforcerStatus(Struct, frozen=True, kw_only=True):
     ledger: str
     ledger_fault: str = ""
     kubelet: str = "off"  # whether the kubelet's assignments can be read: off, ok, or why not
+    paused: str | None = None  # why no limit is written, as a person on the node says; else null
+    released: list[str] = []  # UUIDs that a person on the node keeps free of limits
 
 
 class WatcherStatus(Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """The doctor's checks of what the enforcer says: pure, from one status reply."""
 
+import posixpath
 import re
 from collections.abc import Iterator
 
@@ -29,6 +30,7 @@ def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> li
         *gpus(reply),
         persistence(reply),
         dry_run(reply.enforcer),
+        brake(reply),
         denied(reply.counters),
     ]
 
@@ -216,6 +218,23 @@ def dry_run(enforcer: messages.EnforcerStatus) -> Check:
     if enforcer.dry_run:
         return warn("dry run", "on: no limit is written", "unset POWER_AGENT_DRY_RUN")
     return Check(name="dry run", seen="off")
+
+
+def brake(reply: messages.StatusReply) -> Check:
+    """Warn where a person has stopped all writing, or keeps a GPU free of limits."""
+    name, folder = "brake", posixpath.dirname(reply.enforcer.ledger)
+    paused, released = reply.enforcer.paused, reply.enforcer.released
+    if paused is not None:
+        seen = f"paused{paused and f' ({paused})'}: no limit is written, at a stop neither"
+        return warn(name, seen, f"when that is over: rm {folder}/pause")
+    here = {gpu.uuid for gpu in reply.gpus}
+    if strange := [each for each in released if each not in here]:
+        seen = f"{folder}/release names no GPU of this node: {', '.join(strange)}"
+        return warn(name, seen, "each line begins with a UUID as powerctl status has it")
+    if released:
+        seen = f"a person keeps these free of limits: {', '.join(released)}"
+        return warn(name, seen, f"when that is over: rm {folder}/release")
+    return Check(name=name, seen="off: nothing is paused, and no GPU is kept free by hand")
 
 
 def denied(counters: messages.Counters) -> Check:

@@ -104,6 +104,8 @@ def problems(reply: messages.StatusReply) -> list[str]:
         found.append(f"NVML is {reply.enforcer.nvml}: {reply.enforcer.nvml_message}")
     if not reply.watcher.connected:
         found.append(f"watcher is not connected, last heard: {_heard(reply.watcher)}")
+    if (why := reply.enforcer.paused) is not None:
+        found.append(f"paused{why and f' ({why})'}: no limit of this node is written")
     names = pod_names(reply)
     return [named(line, names) for line in found + faults(reply.gpus, reply.pods)]
 

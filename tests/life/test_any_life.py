@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from enforcer.brake import PAUSE, RELEASE
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.policy import Owned, Stranger
 from shared import messages as m
@@ -109,6 +110,8 @@ class AnyLife:
 
     def _before_set(self, uuid: str, limit_mw: int) -> None:
         assert not self.life.config.dry_run, "written in a dry run"
+        by_hand = self._released() == uuid
+        assert by_hand or not (self.life.state_dir / PAUSE).exists(), "written while paused"
         if self.kill_at_set == "before":
             self.kill_at_set = None
             raise Killed
@@ -118,8 +121,13 @@ class AnyLife:
             assert entry is not None, f"I2: {uuid} is written and is not on disk"
             assert entry.original_mw == self.originals[uuid], "I2: its original was lost"
         self._i3_bounds(uuid, limit_mw)
-        if limit_mw > gpu.limit_mw:
+        if limit_mw > gpu.limit_mw and not by_hand:
             self._i4_up_only_on_evidence(uuid, limit_mw)
+
+    def _released(self) -> str:
+        """The GPU that a person on the node wants given back, empty where none."""
+        file = self.life.state_dir / RELEASE
+        return file.read_text().strip() if file.exists() else ""
 
     def _i3_bounds(self, uuid: str, limit_mw: int) -> None:
         gpu = self.device.gpus[uuid]
@@ -172,6 +180,7 @@ class AnyLife:
                 self.kill,
                 self.kill_amid_a_write,
                 self.restart,
+                self.brake,
                 self.another_watcher,
                 self.an_old_watcher,
                 self.ask,
@@ -271,6 +280,15 @@ class AnyLife:
     def disk(self) -> None:
         FickleLedger.full = not FickleLedger.full
 
+    def brake(self) -> None:
+        """A person on the node pauses it, or goes on; or has a GPU given back, or not any more."""
+        file = self.life.state_dir / self.chance.choice([PAUSE, RELEASE])
+        if file.exists():
+            file.unlink()
+        else:
+            file.write_text(self.chance.choice(list(self.device.gpus)))
+        self.tell()
+
     def kill(self) -> None:
         self._start_again()
 
@@ -319,6 +337,8 @@ class AnyLife:
         """Everything is repaired, and long enough passes for every wait to be over."""
         self.clear_faults()
         self.life.bus.readable = True
+        for name in (PAUSE, RELEASE):
+            (self.life.state_dir / name).unlink(missing_ok=True)
         FickleLedger.full = False
         for uuid in self.device.gpus:
             self.device.vanish(uuid)

@@ -102,6 +102,23 @@ def test_sigterm_with_a_release_refused_leaves_the_ledger_for_the_next_start() -
         assert node.logs("stopped")[-1]["still_owned"] == 1
 
 
+def test_a_pause_stops_all_writing_at_once_and_a_release_frees_one_gpu() -> None:
+    with EnforcerNode(scan_seconds="300", reconcile_seconds="300") as node:
+        node.start()
+        node.run_pod(A, 0, 1)
+        node.snapshot({A: 300})
+        node.wait_limit(300, 1)
+        (node.state_dir / "pause").write_text("the breaker hums")
+        node.snapshot({A: 400})
+        assert node.limit() == node.limit(1) == 300
+        (node.state_dir / "release").write_text(node.gpus[1].uuid)
+        node.heartbeat()
+        node.wait_limit(700, 1)
+        assert node.stop() == 0
+        assert node.limit() == 300
+        assert node.owned() == {node.gpus[0].uuid: 700_000}
+
+
 def test_sigterm_holds_where_so_configured() -> None:
     with EnforcerNode(on_exit="hold") as node:
         node.start()

@@ -95,13 +95,13 @@ def test_a_failure_for_another_reason_is_told_and_waits_anew() -> None:
 
 def test_a_failure_does_not_make_another_target_wait() -> None:
     gpu, _ = one.after(decided("acquire"), REFUSED, NOW)
-    other = one.decided(gpu, decided("acquire", 310_000).decision, dry_run=False)
+    other = one.decided(gpu, decided("acquire", 310_000).decision)
     assert one.may_write_s(other) == NOW + one.WRITE_GAP_S
 
 
 def test_after_a_set_the_next_one_waits_for_its_gap() -> None:
     gpu, _ = one.after(decided("acquire"), HELD, NOW)
-    again = one.decided(gpu, decided("adjust", 310_000).decision, dry_run=False)
+    again = one.decided(gpu, decided("adjust", 310_000).decision)
     assert not one.is_ready(again, NOW + 0.09)
     assert one.is_ready(again, NOW + 0.1)
     assert one.is_ready(one.at_once(again), NOW)
@@ -110,7 +110,7 @@ def test_after_a_set_the_next_one_waits_for_its_gap() -> None:
 @pytest.mark.parametrize("was", ["acquire", "adjust", "release"])
 def test_a_refused_write_is_tried_again_as_what_it_was(was: Action) -> None:
     gpu, _ = one.after(decided(was), REFUSED, NOW)
-    again = one.decided(gpu, decided("drift").decision, dry_run=False)
+    again = one.decided(gpu, decided("drift").decision)
     assert again.decision.action == was
 
 
@@ -126,12 +126,12 @@ def test_a_drift_to_the_same_value_is_counted_and_told_once() -> None:
 
 def test_with_nothing_left_to_do_no_trouble_is_left() -> None:
     gpu, _ = one.after(decided("acquire"), REFUSED, NOW)
-    free = one.decided(gpu, Decision("free", "nobody uses it"), dry_run=False)
+    free = one.decided(gpu, Decision("free", "nobody uses it"))
     assert free.trouble is None
 
 
 def test_a_dry_run_decides_and_does_nothing() -> None:
-    gpu = one.decided(HERE, decided("acquire").decision, dry_run=True)
+    gpu = one.decided(HERE, decided("acquire").decision, mute="dry run")
     assert one.may_write_s(gpu) is None
     assert gpu.decision.reason == "dry run, nothing is written; would be: asked"
     assert gpu.decision.target_mw == 300_000
@@ -202,4 +202,4 @@ def test_losses_in_a_row_are_searched_for_ever_more_seldom_and_forgotten_in_time
 
 def test_an_undecided_gpu_says_nothing_new() -> None:
     gpu = replace(HERE, said="managed")
-    assert one.decided(gpu, UNDECIDED, dry_run=False).said == "managed"
+    assert one.decided(gpu, UNDECIDED).said == "managed"

@@ -542,6 +542,10 @@ def test_status_json_is_the_shape_of_the_contract(run_dir: Path) -> None:
             {"watcher": WatcherStatus(connected=False, session=None, revision=None, age_s=None)},
             "watcher is not connected, last heard: never",
         ),
+        (
+            {"enforcer": enforcer(paused="it hums")},
+            "paused (it hums): no limit of this node is written",
+        ),
         ({"gpus": [gpu(3, state="lost", reason="gone")]}, "GPU 3 is lost: gone"),
         ({"gpus": [gpu(None, state="failed", reason="no")]}, "GPU GPU-None is failed: no"),
         ({"gpus": [gpu(3, state="held", reason="unreadable")]}, "GPU 3 is held: unreadable"),
@@ -1114,6 +1118,14 @@ def test_doctor_exits_1_on_a_failure(run_dir: Path) -> None:
     [
         ({"enforcer": enforcer(nvml="failing")}, "NVML", "fail", "nvidia-smi"),
         ({"enforcer": enforcer(dry_run=True)}, "dry run", "warn", "POWER_AGENT_DRY_RUN"),
+        ({"enforcer": enforcer(paused="hums")}, "brake", "warn", "rm /var/lib/power-agent/pause"),
+        ({"enforcer": enforcer(released=["0"])}, "brake", "warn", "begins with a UUID"),
+        (
+            {"enforcer": enforcer(released=["GPU-0"]), "gpus": [gpu(0, uuid="GPU-0")]},
+            "brake",
+            "warn",
+            "rm /var/lib/power-agent/release",
+        ),
         (
             {"gpus": [gpu(0, write_failures={"NO_PERMISSION": 2})]},
             "NVML permission",
