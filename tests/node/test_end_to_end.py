@@ -612,6 +612,7 @@ def attempt(what, action):
         print(what, "DONE")
 attempt("ledger", lambda: (state / "ledger.json").read_bytes())
 attempt("state", lambda: os.listdir(state))
+attempt("brake", lambda: (state / "pause").touch())
 attempt("create", lambda: (run / "other.sock").touch())
 attempt("replace", lambda: os.rename(run / "control.sock", run / "old.sock"))
 attempt("remove", lambda: (run / "control.sock").unlink())
@@ -634,7 +635,7 @@ def test_the_watchers_user_reaches_neither_ledger_nor_socket_directory(node: Sim
         check=True,
         **as_user(node.watcher_uid),  # type: ignore[call-overload]
     )
-    what = ("ledger", "state", "create", "replace", "remove")
+    what = ("ledger", "state", "brake", "create", "replace", "remove")
     assert tried.stdout.splitlines() == [f"{each} refused" for each in what]
 
 
