@@ -184,6 +184,8 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
     wrong = [gpu for gpu in reply.gpus if gpu.state in ("held", "failed", "lost")]
     for gpu in wrong:
         remedy = _XID if gpu.state == "lost" else LOG
+        if gpu.reason.startswith("paused"):
+            remedy = "`brake`, below"
         yield fail(f"GPU {gpu_label(gpu)}", f"{gpu.state}: {gpu.reason}", remedy)
     if not wrong:
         yield Check(name="GPUs", seen=f"{len(reply.gpus)} known, none failed, lost or held")

@@ -25,6 +25,8 @@ from tests.kube.chart import (
 )
 
 TEXT = (ROOT / "docs/deployment.md").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+OPERATIONS_EXAMPLES = re.findall(r"^```yaml\n(.*?)^```", OPERATIONS, re.MULTILINE | re.DOTALL)
 EXAMPLES = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
@@ -132,10 +134,24 @@ def test_the_constraint_for_openshift_admits_what_the_reduced_form_asks_for() ->
 
 
 def test_the_rule_for_events_is_the_charts() -> None:
-    text = (ROOT / "docs/operations.md").read_text()
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    block, _ = OPERATIONS_EXAMPLES
     rules = named(render({"settings": {"events": True}}))["ClusterRole", "power-agent"]["rules"]
     assert rules[1:] == yaml.safe_load(block)
+
+
+def test_a_worker_that_waits_asks_the_agent_of_its_own_node() -> None:
+    _, block = OPERATIONS_EXAMPLES
+    service, worker = yaml.safe_load_all(block)
+    spec = service["spec"]
+    (port,) = spec["ports"]
+    manifest = documents((DEPLOY / "power_agent/daemonset.yaml").read_text())
+    assert spec["selector"].items() <= template(manifest)["metadata"]["labels"].items()
+    assert spec["internalTrafficPolicy"] == "Local"
+    served = {p["name"] for c in containers(manifest).values() for p in c.get("ports", ())}
+    assert port["targetPort"] in served
+    (init,) = worker["initContainers"]
+    name, namespace = (service["metadata"][key] for key in ("name", "namespace"))
+    assert f"http://{name}.{namespace}:{port['port']}/readyz" in init["command"][-1]
 
 
 def test_the_lines_to_change_are_marked() -> None:

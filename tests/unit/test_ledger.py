@@ -577,3 +577,13 @@ def test_i2_a_new_original_is_on_disk_before_it_takes_the_old_ones_place(
     ledger.store({uuid: replace(entry, set_mw=250_000) for uuid, entry in SECOND.items()})
     ledger.store({})
     assert done == ["rename", "rename"]  # the rest may be lost with what the hardware forgets too
+
+
+def test_the_file_has_the_fields_that_version_1_0_0_takes_and_no_other(tmp_path: Path) -> None:
+    """It refuses unknown fields as damage: a rollback must find its ledger."""
+    ledger = Ledger(tmp_path, "boot")
+    ledger.store({"GPU-0": Owned(700_000, 300_000, frozenset({"pod"}), 1.0, frozenset({"id"}))})
+    book = json.loads((tmp_path / "ledger.json").read_text())
+    assert book.keys() == {"version", "boot_id", "gpus", "crc32"}
+    assert book["version"] == 1
+    assert book["gpus"]["GPU-0"].keys() == {"original_mw", "set_mw", "pods", "since", "aliases"}
