@@ -37,6 +37,8 @@ done
 ENDS = ("/bin/sh", "-c", _READ)
 STAYS = ("/bin/sh", "-c", f"{_READ} exec sleep 100000")
 _AFTER_THE_NAME = ")"
+# A kubelet that knows no plugin yet would refuse the pod that asks for its devices.
+_REGISTERED = f'"Got registration request from device plugin with resource" resourceName="{WHOLE}"'
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,11 @@ class Pods:
 
 
 @pytest.fixture
-def pods(place: Place, node: Node, agent: Agent, gpus: Gpus) -> Iterator[Pods]:
+def pods(place: Place, agent: Agent, gpus: Gpus) -> Iterator[Pods]:
     del agent
-    made = Pods(place, node)
+    if place.node is None:
+        pytest.skip("the device plugin runs in the node of one's own")
+    made = Pods(place, place.node)
 
     def offered() -> bool:
         found = place.cluster.items("nodes")[0]["status"]["allocatable"]
@@ -155,7 +159,7 @@ def test_the_order_is_checkpoint_limit_process(pods: Pods, gpus: Gpus) -> None:
         pods.create({name: 300 + number}, pods.container(ENDS), restartPolicy="Never")
         (start,) = pods.ended([name])
         wanted_mw = (300 + number) * 1000
-        (limit_set,) = [s for s in gpus.sets(start.gpu) if s.requested_mw == wanted_mw]
+        limit_set = [s for s in gpus.sets(start.gpu) if s.requested_mw == wanted_mw][-1]
         written_ns = checkpoint.stat().st_mtime_ns
         assert written_ns < limit_set.wall_ns
         assert limit_set.monotonic_ns < start.began_ns
@@ -226,9 +230,11 @@ def test_a_kubelet_that_starts_anew_changes_nothing_and_serves_the_next_pod(
 ) -> None:
     start = stays(pods, "before")
     before = len(gpus.sets(start.gpu))
+    log = pods.node.box.folder / "kubelet.log"
+    registered = log.read_text().count(_REGISTERED)
     (pid,) = gpus.pids_of("kubelet\0--config=")
-    gpus.shell(f"kill -9 {pid}")
-    until(lambda: gpus.pids_of("kubelet\0--config=") not in ([], [pid]), "another kubelet")
+    pods.node.box.run("kill", "-9", str(pid))
+    until(lambda: log.read_text().count(_REGISTERED) > registered, "a kubelet with the plugin")
     pods.create({"after": 320}, pods.container(ENDS), restartPolicy="Never")
     (after,) = pods.ended(["after"])
     assert (after.limit_mw, after.gpu != start.gpu) == (320_000, True)
