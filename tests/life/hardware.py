@@ -153,6 +153,9 @@ class FakeDevice:
             boards.append(Board(uuid, index, (self._session, uuid), facts))
         return Listing(tuple(boards), tuple(faults))
 
+    def whole_of(self, _instance: str) -> str | None:
+        return None
+
     def pids(self, board: Board) -> set[int]:
         return set(self._asked(board, "pids").pids)
 
