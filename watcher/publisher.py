@@ -122,8 +122,7 @@ class Publisher:
         self._content = snapshot.EMPTY
         self._leads = Leads(counts.lead.observe)
         self._snapshot: messages.Snapshot | None = None
-        self._revision = 0
-        self._connections = 0
+        self._revision = self._connections = 0
         self._due_at = self._clock()
         self._retry = _RETRY
         # Oldest first. The newest count, so a full one forgets its oldest; a whole node fits in.
