@@ -58,6 +58,21 @@ def test_checkpoints_of_kubelets(sample: bytes, devices: list[str]) -> None:
     assert sorted(held.device for held in parse(sample, ALL)) == sorted(devices)
 
 
+def test_what_a_real_kubelet_wrote_is_read_whole() -> None:
+    """Kubelet 1.37.2 of the cluster tests: two containers with whole GPUs, one with a replica."""
+    sample = Path(__file__).parent / "data/checkpoints/kubelet-1.37.2.json"
+    held = parse(sample.read_bytes(), ALL)
+    assert sorted((each.container, each.resource) for each in held) == [
+        ("main", "nvidia.com/gpu.shared"),
+        ("server", "nvidia.com/gpu"),
+        ("server", "nvidia.com/gpu"),
+        ("sidecar", "nvidia.com/gpu"),
+    ]
+    named = {name_of(each.device) for each in held}
+    assert len(named) == 3
+    assert all(name is not None and name.startswith("GPU-") for name in named)
+
+
 @pytest.mark.parametrize(
     "sample",
     [
