@@ -49,7 +49,7 @@ def main() -> int:
     source: Source = Processes(nvml, procfs.ProcessReader(config.proc_root, roots))
     kubelet = None
     if config.kubelet_dir is not None:
-        kubelet = Kubelet(config.kubelet_dir, config.kubelet_resources, log)
+        kubelet = Kubelet(config.kubelet_dir, config.kubelet_resources, log, nvml.whole_of)
         source = Joined(source, kubelet)
     world = World(server, nvml, source, Bus(config.sysfs_root), SystemClock(), kubelet)
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))

@@ -12,7 +12,7 @@ import msgspec
 
 from enforcer import driver as sessions
 from enforcer import gpu as one
-from enforcer import report
+from enforcer import lead, report
 from enforcer.agenda import Agenda, Due
 from enforcer.announce import Announcer
 from enforcer.brake import Brake, Orders
@@ -95,6 +95,7 @@ class Agent:
                 # Reading may have taken half a minute, and the watcher may be silent by now.
                 desired = self._desk.desired()
                 self._act(desired)
+                self._follow(desired)
                 self._ledger.remember(self._beside())
             self._tell()
             self._move_on(desired, due)
@@ -304,6 +305,11 @@ class Agent:
         if any(happening.kind == "limit_released" for happening in told):
             left = {uuid: e for uuid, e in self._ledger.entries.items() if uuid != gpu.uuid}
             self._store(left)
+
+    def _follow(self, desired: Desired) -> None:
+        """Note when the limits stood, beside when the processes began."""
+        for gpu in self._fleet:
+            self._fleet.become(lead.followed(gpu, desired, self._clock.boot_s()))
 
     def _tell(self) -> None:
         for happening in self._fleet.take_told():

@@ -16,6 +16,9 @@ class Clock(Protocol):
     def wall_s(self) -> float:
         """Return the time for people, in seconds since 1970."""
 
+    def boot_s(self) -> float:
+        """Return the time since the boot, by which the kernel says when a process began."""
+
     def rest(self, span_s: float) -> None:
         """Let time pass."""
 
@@ -30,6 +33,10 @@ class SystemClock:
     def wall_s(self) -> float:
         """Return CLOCK_REALTIME."""
         return time.time()
+
+    def boot_s(self) -> float:
+        """Return CLOCK_BOOTTIME (proc(5), starttime)."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def rest(self, span_s: float) -> None:
         """Sleep."""

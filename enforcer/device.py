@@ -62,12 +62,16 @@ UNKNOWN = Facts()
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """One GPU; `handle` means something only to the device, and only in the open session."""
+    """One GPU; `handle` means something only to the device, and only in the open session.
+
+    `minor` is the number of its device node, /dev/nvidia<minor>; None where it does not tell.
+    """
 
     uuid: str
     index: int
     handle: object
     facts: Facts = UNKNOWN
+    minor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,9 @@ class Device(Protocol):
 
     def close(self) -> None:
         """End the session, open or not."""
+
+    def whole_of(self, instance: str) -> str | None:
+        """Return the UUID of the board that a MIG instance is part of, None where it fails."""
 
     def pids(self, board: Board) -> set[int]:
         """List the processes that use a board."""

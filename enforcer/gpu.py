@@ -104,6 +104,18 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Lead:
+    """One pod here: since when its limit stands, and by how much that was before its first process.
+
+    In seconds since the boot. `lead_s` is None until a process of it was seen, and negative where
+    that began first.
+    """
+
+    stands_s: float
+    lead_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
     """One GPU between turns. What the ledger has of it is the ledger's alone."""
 
@@ -121,6 +133,7 @@ class Gpu:
     drifts: int = 0
     writes: Mapping[str, int] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
+    leads: Mapping[str, Lead] = field(default_factory=dict)
 
     @property
     def limit_mw(self) -> int | None:

@@ -1,14 +1,14 @@
 """Which GPUs the kubelet has assigned to which pod, from its device checkpoint: the second source.
 
-It knows no NVML and no process. The file is the kubelet's own and no interface ("fragile", as its
-authors say), so it is read strictly: what is not as expected is unknown, and processes alone count.
-An entry of a pod that is gone may stay in it for long (kubernetes #137010): policy counts only
-those of pods that live.
+It knows no NVML (it is told what a MIG instance is part of) and no process. The file is the
+kubelet's own and no interface ("fragile", as its authors say), so it is read strictly: what is not
+as expected is unknown, and processes alone count. An entry of a pod that is gone may stay in it for
+long (kubernetes #137010): policy counts only those of pods that live.
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +26,8 @@ from shared.logs import Log
 CHECKPOINT = "device-plugins/kubelet_internal_checkpoint"
 _MAX_BYTES = 4 << 20
 _Text = Annotated[str, Meta(max_length=256)]
+# MIG instances that are looked for: seven on each of 16 boards, and as many that are gone.
+_MOST_PARTS = 256
 _Ids = Annotated[list[_Text], Meta(max_length=4096)]
 
 
@@ -83,28 +85,47 @@ def parse(text: bytes, resources: Sequence[str]) -> frozenset[Held]:
     )
 
 
-# A GPU's UUID, alone or as a replica for time-slicing and MPS (`GPU-…::3`), and a MIG instance's
-# old name, which holds it. Other names (an index, nvidia0, MIG-…) depend on what the plugin has
-# seen at its start: they are not taken for a GPU that they may not mean.
-_NAMES = re.compile(r"(?:MIG-(?=GPU-.*/))?(GPU-[0-9a-fA-F-]{36})(?:::[0-9]+|/[0-9]+/[0-9]+)?")
+_HEX = "[0-9a-fA-F-]{36}"
+_NAMES = re.compile(
+    # NVIDIA's plugin names a device by its UUID, whatever deviceIDStrategy is (internal/rm,
+    # BuildDevice), and a replica of it for time-slicing and MPS `…::3`.
+    rf"((?:GPU|MIG)-{_HEX})(?:::[0-9]{{1,9}})?"
+    # Drivers before 470 name a MIG instance by its GPU's UUID: MIG-GPU-…/7/0.
+    rf"|MIG-(GPU-{_HEX})/[0-9]{{1,9}}/[0-9]{{1,9}}(?:::[0-9]{{1,9}})?"
+    # GKE's plugin names the device node, an instance and a replica: nvidia0/gi1/vgpu2.
+    r"|(nvidia(?:0|[1-9][0-9]{0,5}))(?:/gi[0-9]{1,9})?(?:/vgpu[0-9]{1,9})?"
+)
 
 
-def uuid_of(device: str) -> str | None:
-    """Return the UUID of the GPU that a device id names without doubt, None where it does not."""
+def name_of(device: str) -> str | None:
+    """Return what a device id names without doubt: a GPU's UUID, a MIG instance's, or a node.
+
+    Other ids (an index) depend on what the plugin has seen at its start: they are not taken for a
+    GPU that they may not mean.
+    """
     match = _NAMES.fullmatch(device)
-    return match[1] if match else None
+    return next(filter(None, match.groups())) if match else None
 
 
 class Kubelet:
     """What the checkpoint says, read again only when the file has changed."""
 
-    def __init__(self, root: Path, resources: Sequence[str], log: Log) -> None:
-        """Prepare; nothing is read before `assigned`."""
+    def __init__(
+        self,
+        root: Path,
+        resources: Sequence[str],
+        log: Log,
+        whole_of: Callable[[str], str | None],
+    ) -> None:
+        """Prepare; nothing is read before `assigned`. `whole_of` is the device's."""
         self._path = root / CHECKPOINT
         self._resources = tuple(resources)
         self._log = log
         self._seen: tuple[int, int, int] | None = None
-        self._by_uuid: dict[str, tuple[Assignment, ...]] = {}
+        self._whole_of = whole_of
+        self._by_name: dict[str, tuple[Assignment, ...]] = {}
+        # The board of each MIG instance that is assigned, as far as it is known.
+        self._wholes: dict[str, str | None] = {}
         self.state = "not read yet"
 
     def assigned(self, board: Board) -> tuple[Assignment, ...]:
@@ -113,7 +134,11 @@ class Kubelet:
         While the file cannot be read, what it said last holds: a pod keeps its devices for life.
         """
         self._refresh()
-        return self._by_uuid.get(board.uuid, ())
+        for part in [part for part, whole in self._wholes.items() if whole is None]:
+            self._wholes[part] = self._whole_of(part)
+        names = [board.uuid, f"nvidia{board.minor}"]
+        names += [part for part, whole in self._wholes.items() if whole == board.uuid]
+        return tuple(each for name in names for each in self._by_name.get(name, ()))
 
     def _refresh(self) -> None:
         try:
@@ -139,13 +164,15 @@ class Kubelet:
         return text
 
     def _take(self, text: bytes) -> None:
-        by_uuid: dict[str, list[Assignment]] = {}
+        by_name: dict[str, list[Assignment]] = {}
         for held in sorted(parse(text, self._resources), key=lambda held: (held.pod, held.device)):
-            uuid = uuid_of(held.device)
-            if uuid is not None:
+            name = name_of(held.device)
+            if name is not None:
                 shown = f"{held.resource} {held.device} of container {held.container}"
-                by_uuid.setdefault(uuid, []).append(Assignment(held.pod, shown))
-        self._by_uuid = {uuid: tuple(found) for uuid, found in by_uuid.items()}
+                by_name.setdefault(name, []).append(Assignment(held.pod, shown))
+        self._by_name = {name: tuple(found) for name, found in by_name.items()}
+        parts = [name for name in by_name if name.startswith("MIG-")][:_MOST_PARTS]
+        self._wholes = {part: self._wholes.get(part) for part in parts}
 
     def _say(self, state: str) -> None:
         if state != self.state:

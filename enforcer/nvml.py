@@ -137,8 +137,17 @@ class Nvml:
                 continue
             facts, missing = _facts(handle)
             faults += [f"GPU {index}: {error}" for error in missing]
-            boards.append(Board(uuid, index, handle, facts))
+            minor = _number(pynvml.nvmlDeviceGetMinorNumber, handle)
+            boards.append(Board(uuid, index, handle, facts, minor))
         return Listing(tuple(boards), tuple(faults))
+
+    def whole_of(self, instance: str) -> str | None:
+        """Return the UUID of the board that a MIG instance is part of, None where it fails."""
+        with contextlib.suppress(NvmlError):
+            part = _call(pynvml.nvmlDeviceGetHandleByUUID, instance)
+            whole = _call(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, part)
+            return str(_call(pynvml.nvmlDeviceGetUUID, whole))
+        return None
 
     def pids(self, board: Board) -> set[int]:
         """Return the processes on a GPU, those of all MIG instances and MPS clients included.

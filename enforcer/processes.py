@@ -7,7 +7,6 @@ from typing import Protocol
 
 from enforcer import procfs
 from enforcer.device import Board, Device, DeviceError
-from enforcer.policy import Stranger
 from enforcer.sources import Occupant, Sighting
 
 
@@ -18,7 +17,7 @@ class Reader(Protocol):
     def most_pid(self) -> int:
         """The largest pid that this kernel gives now."""
 
-    def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
+    def owner(self, pid: int, listed_ticks: int) -> procfs.Found:
         """Tell whose process `pid` is; None where it has ended."""
 
 
@@ -48,9 +47,9 @@ class Processes:
             return Sighting(None, self._why_misread(min(impossible)))
         seen = []
         for pid in sorted(pids):
-            owner, evidence = self._reader.owner(pid, asked_ticks)
+            owner, evidence, started_s = self._reader.owner(pid, asked_ticks)
             if owner is not None:
-                seen.append(Occupant(owner, pid, evidence))
+                seen.append(Occupant(owner, pid, evidence, started_s))
         return Sighting(tuple(seen))
 
     def _why_misread(self, pid: int) -> str:

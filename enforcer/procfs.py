@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from enforcer import cgroups
 from enforcer.policy import Stranger
@@ -57,9 +58,23 @@ def _cgroup_of_a_living_thread(directory: str) -> bytes:
     raise ProcessLookupError
 
 
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
 def now_ticks() -> int:
     """Return the time in the unit and from the origin of a process's start time."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
+
+
+class Found(NamedTuple):
+    """Whose process a pid is, what shows it, and when it started, in seconds since the boot.
+
+    The owner is None where it has ended, the start None where it is not known.
+    """
+
+    owner: str | Stranger | None
+    evidence: str
+    started_s: float | None = None
 
 
 class ProcessReader:
@@ -80,7 +95,7 @@ class ProcessReader:
         except (OSError, ValueError):
             return _PID_MAX_LIMIT
 
-    def owner(self, pid: int, listed_ticks: int) -> tuple[str | Stranger | None, str]:
+    def owner(self, pid: int, listed_ticks: int) -> Found:
         """Return the pod's uid or what else `pid` is, None if it ended, and the evidence.
 
         `listed_ticks` is when the list that holds `pid` was asked for: a process that started
@@ -95,13 +110,14 @@ class ProcessReader:
                 text = _cgroup_of_a_living_thread(directory)
                 after, _ = _stat(directory)
         except _ENDED:
-            return None, "ended"
+            return Found(None, "ended")
         except (OSError, ValueError, IndexError) as error:
-            return Stranger.UNKNOWN, f"{directory} cannot be read: {error}"
+            return Found(Stranger.UNKNOWN, f"{directory} cannot be read: {error}")
         if before != after or (before is not None and before > listed_ticks):
-            return None, "ended, its number went to another"
+            return Found(None, "ended, its number went to another")
         shown = text[:_SHOWN_BYTES].decode("utf-8", "replace").strip()
-        return cgroups.pod_of(text, self.roots), shown
+        started_s = None if before is None else before / _TICKS_PER_S
+        return Found(cgroups.pod_of(text, self.roots), shown, started_s)
 
 
 def boot_id(proc_root: Path) -> str:

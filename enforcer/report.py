@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import msgspec
+
 from enforcer import standing
 from enforcer.desk import Tally
 from enforcer.driver import Open, Refused
@@ -143,8 +145,21 @@ def pods(
     asked: Iterable[m.DesiredPod], gpus: Iterable[Gpu], shown: Iterable[m.Gpu], faults: str
 ) -> list[m.Pod]:
     """Return how each annotated pod stands on the GPUs of `shown`; `faults` are NVML's, or ok."""
-    stances = {gpu.uuid: gpu.decision.stances for gpu in gpus}
-    return standing.pods(asked, shown, stances, faults)
+    known = list(gpus)
+    stances = {gpu.uuid: gpu.decision.stances for gpu in known}
+    leads_s = _leads_s(known)
+    found = standing.pods(asked, shown, stances, faults)
+    return [msgspec.structs.replace(pod, lead_s=leads_s.get(pod.uid)) for pod in found]
+
+
+def _leads_s(gpus: Iterable[Gpu]) -> dict[str, float]:
+    """Return by how much the limit of each pod was early; of several GPUs the latest counts."""
+    leads_s: dict[str, float] = {}
+    for gpu in gpus:
+        for uid, lead in gpu.leads.items():
+            if lead.lead_s is not None:
+                leads_s[uid] = round(min(lead.lead_s, leads_s.get(uid, lead.lead_s)), 3)
+    return leads_s
 
 
 def counters(gpus: Iterable[Gpu], tally: Tally, dropped_log_lines: int) -> m.Counters:

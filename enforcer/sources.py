@@ -15,11 +15,15 @@ Tenants = frozenset[str | int]
 
 @dataclass(frozen=True, slots=True)
 class Occupant:
-    """One holder of a GPU: any id of a pod, or a stranger, and what shows it."""
+    """One holder of a GPU: any id of a pod, or a stranger, and what shows it.
+
+    `started_s` is when its process began, in seconds since the boot; None where that is not known.
+    """
 
     owner: str | Stranger
     pid: int
     evidence: str
+    started_s: float | None = None
 
     @property
     def tenant(self) -> str | int:

@@ -133,7 +133,11 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
 
 class Pod(Struct, frozen=True, kw_only=True):
-    """enforcer -> reader: one annotated pod, what it asked for and what it has."""
+    """enforcer -> reader: one annotated pod, what it asked for and what it has.
+
+    `lead_s`: by how much its limit stood before its first process on a GPU, negative where that
+    began first; null until one was seen.
+    """
 
     uid: str
     namespace: str
@@ -144,6 +148,7 @@ class Pod(Struct, frozen=True, kw_only=True):
     gpus: list[str]
     state: PodState
     reason: str
+    lead_s: float | None = None
 
 
 class Counters(Struct, frozen=True, kw_only=True):

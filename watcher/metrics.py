@@ -24,6 +24,8 @@ from shared import __version__, messages
 # The text format that every Prometheus reads; our names need nothing newer.
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LATE_S = (-30.0, -10.0, -5.0, -2.5, -1.0, -0.5, -0.25, -0.1, 0.0)
+_LEADS_S = (*_LATE_S, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _EVENTS = ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR")
 _RESTARTS = ("closed", "expired", "failed")
 _WRITES = ("acquire", "adjust", "drift", "release")
@@ -54,6 +56,16 @@ def _latency() -> Histogram:
     )
 
 
+def _lead() -> Histogram:
+    # With negative buckets there is no sum (OpenMetrics, histogram), which would be no counter.
+    return Histogram(
+        "power_agent_limit_lead_seconds",
+        "By how much a new pod's limit stood before its first process on a GPU; negative: after.",
+        buckets=_LEADS_S,
+        registry=None,
+    )
+
+
 @dataclass(slots=True)
 class Counts:
     """What the watcher itself counts.
@@ -65,6 +77,7 @@ class Counts:
     watch_restarts: Counter[str] = field(default_factory=lambda: _zeros(*_RESTARTS))
     list_requests: int = 0
     latency: Histogram = field(default_factory=_latency)
+    lead: Histogram = field(default_factory=_lead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,7 @@ def registry(
     """
     made = CollectorRegistry()
     made.register(counts.latency)
+    made.register(counts.lead)
     made.register(_Agent(counts, link, dropped))
     return made
 

@@ -22,6 +22,7 @@ from shared.logs import Log
 from shared.pace import Backoff
 from shared.units import format_watts
 from watcher import snapshot
+from watcher.leads import Leads
 from watcher.metadata import Pod
 from watcher.metrics import Counts, Link
 from watcher.reflector import Scope
@@ -119,9 +120,9 @@ class Publisher:
         self._clock = clock
         self._session = secrets.token_hex(16)
         self._content = snapshot.EMPTY
+        self._leads = Leads(counts.lead.observe)
         self._snapshot: messages.Snapshot | None = None
-        self._revision = 0
-        self._connections = 0
+        self._revision = self._connections = 0
         self._due_at = self._clock()
         self._retry = _RETRY
         # Oldest first. The newest count, so a full one forgets its oldest; a whole node fits in.
@@ -181,6 +182,7 @@ class Publisher:
         self.too_much = None
         self._revision = candidate.revision
         before, self._content, self._snapshot = self._content, content, candidate
+        self._leads.wanted(content)
         self._send(now)
         changed, gone = snapshot.changed(before, content), snapshot.gone(before, content)
         for uid in snapshot.newly_limited(before, content):
@@ -229,6 +231,7 @@ class Publisher:
                 self._report = reply
                 self._accepted()
                 self._measure(reply, now)
+                self._leads.told(reply.pods)
                 self._on_report(reply, self._content.pods)
             case messages.Error(code="stale"):
                 self._pending.clear()  # the other watcher had them enforced, or nobody

@@ -531,7 +531,7 @@ def _own_pod(config: EnforcerSettings) -> tuple[procfs.ProcessReader, str]:
     except sight.BlindError as error:
         raise RefusedError(str(error)) from error
     reader = procfs.ProcessReader(config.proc_root, roots)
-    owner, evidence = reader.owner(os.getpid(), procfs.now_ticks())
+    owner, evidence, _ = reader.owner(os.getpid(), procfs.now_ticks())
     if not isinstance(owner, str):
         why = f"this process is in no pod's cgroup ({evidence.splitlines()[-1]})"
         raise RefusedError(f"{why}: use `make hardware-test` or deploy/qualify/job.yaml")

@@ -88,7 +88,8 @@ class Services:
 
     def __init__(self, commands: dict[str, list[str]], logs: Path) -> None:
         self._commands, self._logs = commands, logs
-        self._names: dict[int, str] = {}
+        # Kept, since subprocess reaps what nobody refers to, and its end would be missed here.
+        self._running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
         self._due: dict[str, float] = dict.fromkeys(commands, 0.0)
 
     def turn(self) -> None:
@@ -96,17 +97,20 @@ class Services:
         now = time.monotonic()
         for name in [name for name, when in self._due.items() if when <= now]:
             del self._due[name]
-            self._names[self._start(name)] = name
+            process = self._start(name)
+            self._running[process.pid] = name, process
         try:
-            pid, _ = os.waitpid(-1, os.WNOHANG if self._due else 0)
+            pid, status = os.waitpid(-1, os.WNOHANG if self._due else 0)
         except ChildProcessError:
-            pid = 0
-        if pid in self._names:
-            self._due[self._names.pop(pid)] = time.monotonic() + _RETRY_S
+            pid = status = 0
+        if pid in self._running:
+            name, process = self._running.pop(pid)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self._due[name] = time.monotonic() + _RETRY_S
         elif pid == 0:
             time.sleep(_RETRY_S / 4)
 
-    def _start(self, name: str) -> int:
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
         with (self._logs / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 self._commands[name],
@@ -115,7 +119,7 @@ class Services:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-            ).pid
+            )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.cluster import simulator
+from tests.cluster import device_plugin, simulator
 from tests.cluster.box import Box
 from tests.cluster.certificates import ClusterCertificates
 from tests.cluster.control_plane import SERVICE_ADDRESS, control_plane
@@ -175,6 +175,7 @@ class Node:
             **control_plane(self._assets, self._certificates, NODE_ADDRESS),
             "containerd": ["containerd", "--config", str(folder / "containerd.toml")],
             "kubelet": self._kubelet(),
+            **device_plugin.services(device_plugin.obtain()),
         }
 
     def _kubelet(self) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.cluster import device_plugin
 from tests.kube import assets, go_command
 
 # Command -> the Debian package that has it.
@@ -60,8 +61,8 @@ def require(*needs: dict[str, str]) -> None:
     """Raise LackingError unless everything is there already, the node's binaries included."""
     if packages := lacking(*needs):
         raise LackingError(f"not installed here, by Debian's names: {' '.join(packages)}")
-    if assets.find(assets.SERVER + assets.NODE) is None:
-        raise LackingError("no kubelet and control plane yet: make kube-assets ARGS=--node")
+    if assets.find(assets.SERVER + assets.NODE) is None or device_plugin.find() is None:
+        raise LackingError("no kubelet, control plane or device plugin yet: make cluster-test")
 
 
 def provide(*needs: dict[str, str]) -> None:
@@ -110,8 +111,12 @@ def _no_services_started() -> Iterator[None]:
 
 
 def node_binaries() -> Path:
-    """The folder with the control plane's and the kubelet's binaries, built where missing."""
+    """The folder with the control plane's and the kubelet's binaries, built where missing.
+
+    And the device plugin, for which nobody asks alone.
+    """
     try:
+        device_plugin.obtain()
         return assets.obtain(assets.SERVER + assets.NODE)
     except (go_command.AssetsError, OSError) as error:
         raise LackingError(f"no kubelet and control plane: {error}") from error

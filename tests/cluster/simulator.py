@@ -184,7 +184,11 @@ class Gpus:
 
     def programs(self, name: str) -> list[int]:
         """Pids of the running enforcers or watchers, as the node numbers them."""
-        return self._processes("cmdline", f"-m\0{name}\0")
+        return self.pids_of(f"-m\0{name}\0")
+
+    def pids_of(self, command: str) -> list[int]:
+        """Those whose command line contains this."""
+        return self._processes("cmdline", command)
 
     def signal_program(self, name: str, signal: str) -> None:
         (pid,) = self.programs(name)

@@ -86,8 +86,8 @@ def checkpoint(data: bytes) -> None:
         return
     for each in held:
         assert each.resource.startswith("nvidia.com/")
-        uuid = kubelet.uuid_of(each.device)
-        assert uuid is None or uuid in each.device
+        name = kubelet.name_of(each.device)
+        assert name is None or (name in each.device and name.startswith(("GPU-", "MIG-", "nvidia")))
 
 
 def ledger(data: bytes) -> None:

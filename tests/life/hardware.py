@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from enforcer.device import Board, DeviceError, Facts, Listing, Reading
 from enforcer.policy import Stranger
+from enforcer.procfs import Found
+from enforcer.sources import Assignment
 
 H100 = Facts("H100", 700_000, 200_000, 700_000)
 ABSENT = ("DRIVER_NOT_LOADED", "LIBRARY_NOT_FOUND")
@@ -30,6 +32,9 @@ class HandClock:
 
     def wall_s(self) -> float:
         return 1.7e9 + self.time_s
+
+    def boot_s(self) -> float:
+        return self.time_s
 
     def rest(self, span_s: float) -> None:
         self.time_s += span_s
@@ -148,6 +153,9 @@ class FakeDevice:
             boards.append(Board(uuid, index, (self._session, uuid), facts))
         return Listing(tuple(boards), tuple(faults))
 
+    def whole_of(self, _instance: str) -> str | None:
+        return None
+
     def pids(self, board: Board) -> set[int]:
         return set(self._asked(board, "pids").pids)
 
@@ -193,6 +201,19 @@ class FakeBus:
         return frozenset(uuid for uuid, gpu in self._device.gpus.items() if gpu.there)
 
 
+class FakeKubelet:
+    """What the kubelet has assigned, by GPU."""
+
+    state = "ok"
+
+    def __init__(self) -> None:
+        self.pods: dict[str, str] = {}
+
+    def assigned(self, board: Board) -> tuple[Assignment, ...]:
+        pod = self.pods.get(board.uuid)
+        return () if pod is None else (Assignment(pod, "nvidia.com/gpu"),)
+
+
 class FakeProc:
     """Whose process each pid is, as /proc would tell."""
 
@@ -200,6 +221,7 @@ class FakeProc:
 
     def __init__(self) -> None:
         self.owners: dict[int, str | Stranger] = {}
+        self.began_s: dict[int, float] = {}
 
-    def owner(self, pid: int, _listed_ticks: int) -> tuple[str | Stranger | None, str]:
-        return self.owners.get(pid), f"cgroup of {pid}"
+    def owner(self, pid: int, _listed_ticks: int) -> Found:
+        return Found(self.owners.get(pid), f"cgroup of {pid}", self.began_s.get(pid))

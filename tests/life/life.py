@@ -13,10 +13,11 @@ from enforcer.processes import Processes
 from enforcer.report import about
 from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
+from enforcer.sources import Joined
 from shared import messages as m
 from shared.logs import Level, Log
 from shared.settings import parse_settings
-from tests.life.hardware import FakeBus, FakeDevice, FakeGpu, FakeProc, HandClock
+from tests.life.hardware import FakeBus, FakeDevice, FakeGpu, FakeKubelet, FakeProc, HandClock
 
 WATCHER_UID = 65532
 MOST_TURNS_PER_S = 200
@@ -77,6 +78,7 @@ class Life:
         self.device = FakeDevice([FakeGpu(f"GPU-{k}") for k in range(gpus)], self.clock)
         self.bus = FakeBus(self.device)
         self.proc = FakeProc()
+        self.kubelet = FakeKubelet()
         self.log = RecordingLog()
         self.server = HandServer(self.clock)
         self.state_dir = state_dir
@@ -104,7 +106,7 @@ class Life:
         self.server.waiting.clear()
         self.heard_s = None
         self.started_s = self.clock.time_s
-        source = Processes(self.device, self.proc)
+        source = Joined(Processes(self.device, self.proc), self.kubelet)
         server = cast("Server", self.server)
         world = World(server, self.device, source, self.bus, self.clock)
         me = about(self.config, ("/",), self.ledger.path)
@@ -214,6 +216,7 @@ class Life:
         """Start a process of that pod (or stranger) on those GPUs."""
         self._next_pid += 1
         self.proc.owners[self._next_pid] = owner
+        self.proc.began_s[self._next_pid] = self.clock.time_s
         for number in numbers or (0,):
             self.board(number).pids.add(self._next_pid)
         return self._next_pid

@@ -113,7 +113,9 @@ class LifeNode(EnforcerNode):
         source: Source = Processes(self.nvml, ProcessReader(config.proc_root, ("/",)))
         kubelet = None
         if config.kubelet_dir is not None:
-            kubelet = Kubelet(config.kubelet_dir, config.kubelet_resources, self.log)
+            kubelet = Kubelet(
+                config.kubelet_dir, config.kubelet_resources, self.log, self.nvml.whole_of
+            )
             source = Joined(source, kubelet)
         server = cast("Server", self.server)
         world = World(server, self.nvml, source, Bus(config.sysfs_root), self.clock, kubelet)

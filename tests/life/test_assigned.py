@@ -86,6 +86,21 @@ def test_replicas_of_one_gpu_are_several_pods_on_it(node: LifeNode, kubelet: Che
     assert (node.pod(A).state, node.pod(B).state) == ("conflict", "enforced")
 
 
+def test_mig_instances_and_device_nodes_mean_their_boards(
+    node: LifeNode, kubelet: Checkpoint
+) -> None:
+    part = "MIG-41c2a8a6-8a30-5a2e-a1c5-0d3d6f6c2b11"
+    node.start()
+    kubelet.assign(A, f"{part}::0", resource="nvidia.com/mig-1g.10gb")
+    kubelet.assign(B, "nvidia0/vgpu1")
+    node.snapshot({A: 300, B: 400})
+    node.wait_limit(400)
+    assert node.pod(A).state == "waiting"  # NVML knows no such instance yet
+    (node.gpus[1].folder / "mig_uuids").write_text(f"MIG-other {part}\n")
+    node.wait_limit(300, 1)
+    assert node.limit(0) == 400
+
+
 def test_processes_outvote_an_assignment_that_is_evidently_wrong(
     node: LifeNode, kubelet: Checkpoint
 ) -> None:

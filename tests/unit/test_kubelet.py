@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enforcer.device import Board
-from enforcer.kubelet import CHECKPOINT, Held, Kubelet, parse, uuid_of
+from enforcer.kubelet import CHECKPOINT, Held, Kubelet, name_of, parse
 from shared.logs import Log
 from tests.simnode.checkpoint import Checkpoint
 
@@ -58,6 +58,21 @@ def test_checkpoints_of_kubelets(sample: bytes, devices: list[str]) -> None:
     assert sorted(held.device for held in parse(sample, ALL)) == sorted(devices)
 
 
+def test_what_a_real_kubelet_wrote_is_read_whole() -> None:
+    """Kubelet 1.37.2 of the cluster tests: two containers with whole GPUs, one with a replica."""
+    sample = Path(__file__).parent / "data/checkpoints/kubelet-1.37.2.json"
+    held = parse(sample.read_bytes(), ALL)
+    assert sorted((each.container, each.resource) for each in held) == [
+        ("main", "nvidia.com/gpu.shared"),
+        ("server", "nvidia.com/gpu"),
+        ("server", "nvidia.com/gpu"),
+        ("sidecar", "nvidia.com/gpu"),
+    ]
+    named = {name_of(each.device) for each in held}
+    assert len(named) == 3
+    assert all(name is not None and name.startswith("GPU-") for name in named)
+
+
 @pytest.mark.parametrize(
     "sample",
     [
@@ -94,27 +109,81 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
     assert all(isinstance(held, Held) for held in found)
 
 
+MIG = "MIG-41c2a8a6-8a30-5a2e-a1c5-0d3d6f6c2b11"
+
+
 @pytest.mark.parametrize(
-    ("device", "uuid"),
+    ("device", "name"),
     [
         (GPU, GPU),
         (f"{GPU}::0", GPU),
         (f"{GPU}::17", GPU),
         (f"MIG-{GPU}/7/0", GPU),
-        ("MIG-41c2a8a6-8a30-5a2e-a1c5-0d3d6f6c2b11", None),
+        (f"MIG-{GPU}/7/0::2", GPU),
+        (MIG, MIG),
+        (f"{MIG}::3", MIG),
+        ("nvidia0", "nvidia0"),
+        ("nvidia12/vgpu3", "nvidia12"),
+        ("nvidia0/gi1", "nvidia0"),
+        ("nvidia0/gi1/vgpu2", "nvidia0"),
+        (f"{MIG}/7/0", None),
+        ("nvidia", None),
+        ("nvidia00", None),
+        ("nvidia-1", None),
+        ("nvidiactl", None),
+        ("nvidia0/vgpu1/gi1", None),
+        ("nvidia0/", None),
+        ("nvidia٣", None),
         (f"MIG-{GPU}", None),
         (f"{GPU}::", None),
         (f"{GPU}::a", None),
         (f"{GPU} ", None),
         (f"x{GPU}", None),
         ("0", None),
-        ("nvidia0", None),
-        ("nvidia0/gi1", None),
+        ("0:1", None),
         ("", None),
     ],
 )
-def test_only_names_without_doubt_mean_a_gpu(device: str, uuid: str | None) -> None:
-    assert uuid_of(device) == uuid
+def test_only_names_without_doubt_mean_a_gpu(device: str, name: str | None) -> None:
+    assert name_of(device) == name
+
+
+def test_a_mig_instances_board_is_asked_for_until_it_is_known(tmp_path: Path) -> None:
+    boards: dict[str, str] = {}
+    asked: list[str] = []
+
+    def whole_of(part: str) -> str | None:
+        asked.append(part)
+        return boards.get(part)
+
+    kubelet = Kubelet(tmp_path, ALL, Lines(), whole_of)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.assign(POD, f"{MIG}::1", resource="nvidia.com/mig-1g.10gb")
+    board, other = Board(GPU, 0, None), Board(OTHER, 1, None)
+    assert kubelet.assigned(board) == ()
+    boards[MIG] = GPU
+    (held,) = kubelet.assigned(board)
+    assert (held.pod, MIG in held.evidence) == (POD, True)
+    checkpoint.assign("other", "nvidia9")
+    assert [each.pod for each in kubelet.assigned(board)] == [POD]
+    assert kubelet.assigned(other) == ()
+    assert asked == [MIG, MIG]
+    checkpoint.forget([POD])
+    assert kubelet.assigned(board) == ()
+
+
+def test_a_device_node_means_the_board_with_that_number_and_no_index(tmp_path: Path) -> None:
+    Checkpoint(tmp_path).assign(POD, "nvidia1/gi2/vgpu0", "1")
+    kubelet = Kubelet(tmp_path, ALL, Lines(), nobody_tells)
+    held = [
+        bool(kubelet.assigned(Board(GPU, index, None, minor=minor)))
+        for index, minor in ((0, 1), (1, 0), (1, None))
+    ]
+    assert held == [True, False, False]
+
+
+def nobody_tells(_part: str) -> str | None:
+    return None
 
 
 class Lines(Log):
@@ -130,7 +199,7 @@ class Lines(Log):
 
 def test_what_was_read_last_holds_while_the_file_cannot_be_read(tmp_path: Path) -> None:
     log, checkpoint = Lines(), Checkpoint(tmp_path)
-    kubelet = Kubelet(tmp_path, ALL, log)
+    kubelet = Kubelet(tmp_path, ALL, log, nobody_tells)
     board = Board(GPU, 0, None)
     assert kubelet.assigned(board) == ()
     assert str(tmp_path / CHECKPOINT) in kubelet.state
@@ -158,6 +227,6 @@ def test_what_lies_in_its_place_does_not_block_or_lead_elsewhere(
 ) -> None:
     (tmp_path / CHECKPOINT).parent.mkdir()
     make(tmp_path / CHECKPOINT)
-    kubelet = Kubelet(tmp_path, ALL, Lines())
+    kubelet = Kubelet(tmp_path, ALL, Lines(), nobody_tells)
     assert kubelet.assigned(Board(GPU, 0, None)) == ()
     assert kubelet.state != "ok"

@@ -39,6 +39,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "power_agent_limit_writes_total": ("counter", {"gpu", "UUID", "reason"}),
     "power_agent_limit_write_failures_total": ("counter", {"gpu", "UUID", "error"}),
     "power_agent_enforcement_latency_seconds": ("histogram", {"le"}),
+    "power_agent_limit_lead_seconds": ("histogram", {"le"}),
     "power_agent_watch_events_total": ("counter", {"type"}),
     "power_agent_watch_restarts_total": ("counter", {"reason"}),
     "power_agent_list_requests_total": ("counter", set()),
@@ -50,6 +51,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
 }
 OF_THE_WATCHER = {
     "power_agent_enforcement_latency_seconds",
+    "power_agent_limit_lead_seconds",
     "power_agent_watch_events_total",
     "power_agent_watch_restarts_total",
     "power_agent_list_requests_total",
@@ -241,6 +243,7 @@ def test_what_the_watcher_counts_is_shown() -> None:
     assert found["power_agent_enforcer_up"].one() == 1
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(), st.text())
 def test_any_text_in_a_label_is_read_back_the_same(uuid: str, error: str) -> None:
     found = page([gpu(uuid=uuid, write_failures={error: 7})], [])
@@ -263,6 +266,21 @@ def test_latency_is_a_histogram(durations_s: list[float]) -> None:
         if sample == f"{name}_bucket":
             bound = float(dict(labels)["le"])
             assert value == sum(duration_s <= bound for duration_s in durations_s)
+
+
+def test_a_lead_may_be_negative_and_then_there_is_no_sum() -> None:
+    counts = Counts()
+    for lead_s in (-40.0, -0.2, 0.3, 0.4, 100.0):
+        counts.lead.observe(lead_s)
+    name = "power_agent_limit_lead_seconds"
+    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    samples = found[name].samples
+    assert (f"{name}_sum", ()) not in samples
+    buckets = {
+        bound: samples[f"{name}_bucket", (("le", bound),)]
+        for bound in ("-30.0", "0.0", "0.5", "+Inf")
+    }
+    assert buckets == {"-30.0": 1, "0.0": 2, "0.5": 4, "+Inf": 5}
 
 
 def test_the_page_of_a_full_node_is_valid() -> None:

@@ -86,6 +86,7 @@ def test_every_metric_is_looked_at() -> None:
         "power_agent_gpu_min_limit_watts",
         "power_agent_enforcement_latency_seconds_sum",
         "power_agent_enforcement_latency_seconds_count",
+        *(f"power_agent_limit_lead_seconds_{suffix}" for suffix in ("bucket", "sum", "count")),
     }
 
 

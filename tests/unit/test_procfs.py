@@ -42,7 +42,7 @@ def proc_entry(root: Path, pid: int, cgroup: str = POD_LINE, started_ticks: int 
 
 def test_a_pods_process_with_its_evidence(tmp_path: Path) -> None:
     proc_entry(tmp_path, 42)
-    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000) == (UID, POD_LINE.strip())
+    assert ProcessReader(tmp_path, ("/",)).owner(42, 1000)[:2] == (UID, POD_LINE.strip())
 
 
 def test_a_host_process_is_other(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_only_the_given_roots_count(tmp_path: Path) -> None:
 def test_evidence_is_bounded_and_text_whatever_the_bytes(tmp_path: Path) -> None:
     folder = proc_entry(tmp_path, 42)
     (folder / "cgroup").write_bytes(b"0::/\xff\xfe" + b"x" * 10_000 + b"\n")
-    owner, evidence = ProcessReader(tmp_path, ("/",)).owner(42, 1000)
+    owner, evidence, _ = ProcessReader(tmp_path, ("/",)).owner(42, 1000)
     assert owner is Stranger.OTHER
     assert len(evidence) <= 400
     evidence.encode()
@@ -153,7 +153,7 @@ def test_a_pid_reused_during_the_read_is_not_believed(tmp_path: Path) -> None:
 
     feeder = threading.Thread(target=feed)
     feeder.start()
-    owner, evidence = ProcessReader(tmp_path, ("/",)).owner(42, 5000)
+    owner, evidence, _ = ProcessReader(tmp_path, ("/",)).owner(42, 5000)
     feeder.join()
     assert owner is None
     assert "number" in evidence
@@ -170,7 +170,7 @@ def test_i5_an_unreadable_cgroup_of_a_living_pid_is_unknown(tmp_path: Path, what
         path.symlink_to("cgroup")
     else:
         path.symlink_to("/proc/self/mem")  # reading address 0: EIO
-    owner, evidence = ProcessReader(tmp_path, ("/",)).owner(42, 1000)
+    owner, evidence, _ = ProcessReader(tmp_path, ("/",)).owner(42, 1000)
     assert owner is Stranger.UNKNOWN
     assert str(folder) in evidence
 
@@ -268,7 +268,7 @@ from pathlib import Path
 from enforcer import procfs, sight
 try:
     print("roots", *sight.cgroup_roots(sys.argv[1], Path("/proc"), in_kubernetes=True))
-    owner, _ = procfs.ProcessReader(Path("/proc"), ()).owner(1, procfs.now_ticks())
+    owner, *_ = procfs.ProcessReader(Path("/proc"), ()).owner(1, procfs.now_ticks())
     print("pid 1", owner)
 except sight.BlindError as error:
     print("blind", error)
@@ -472,7 +472,7 @@ def test_a_real_process_in_a_real_pods_cgroup_is_the_pods(pod_cgroup: tuple[Path
     folder, root = pod_cgroup
     with sleeper() as process:
         (folder / "cgroup.procs").write_text(str(process.pid))
-        owner, evidence = ProcessReader(PROC, (root,)).owner(process.pid, procfs.now_ticks())
+        owner, evidence, _ = ProcessReader(PROC, (root,)).owner(process.pid, procfs.now_ticks())
         assert owner == UID
         assert UID in evidence
         # The same place below a root that is not the kubelet's is nobody's pod.

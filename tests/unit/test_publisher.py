@@ -472,6 +472,19 @@ def test_latency_runs_from_the_first_event_of_a_burst_to_the_report(subject: Sub
     assert observed(subject) == (count, sum_s)
 
 
+def test_a_new_pods_lead_is_observed_when_a_report_first_has_it(subject: Subject) -> None:
+    subject.settle()
+    subject.offer(pod("a", "2"))
+    (sent,) = subject.step()
+    report = judged(subject, sent)
+    led = [msgspec.structs.replace(each, lead_s=0.25) for each in report.pods]
+    for reported in (report, *[msgspec.structs.replace(report, pods=led)] * 2):
+        subject.step(reported, after_s=0.5)
+    (family,) = subject.counts.lead.collect()
+    buckets = {s.labels["le"]: s.value for s in family.samples if "le" in s.labels}
+    assert (buckets["0.1"], buckets["0.25"], buckets["+Inf"]) == (0, 1, 1)
+
+
 def test_lists_and_changes_that_ask_nothing_new_are_not_measured(subject: Subject) -> None:
     first = subject.settle(pod("a", "1"))
     subject.offer(pod("a", "1"), arrived_at=subject.now)

@@ -311,6 +311,35 @@ EXPORT nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *
     return end(result);
 }
 
+/* A MIG instance has a handle of its own, which no other call takes here. */
+static int slot_of_mig(const char *uuid)
+{
+    for (unsigned slot = 0; slot < state_known(); slot++) {
+        char text[MAX_TEXT], *rest;
+        if (!gpu_text(state_gpu(slot), "mig_uuids", text, sizeof text))
+            continue;
+        for (char *its = strtok_r(text, " \n", &rest); its; its = strtok_r(NULL, " \n", &rest))
+            if (strcmp(its, uuid) == 0)
+                return (int)slot;
+    }
+    return -1;
+}
+
+EXPORT nvmlReturn_t nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvmlDevice_t mig,
+                                                                 nvmlDevice_t *device)
+{
+    nvmlReturn_t result = begin("nvmlDeviceGetDeviceHandleFromMigDeviceHandle");
+    if (result == NVML_SUCCESS) {
+        result = NVML_ERROR_INVALID_ARGUMENT;
+        for (unsigned slot = 0; device != NULL && slot < state_known(); slot++)
+            if (mig == handle_of(MAX_GPUS + slot)) {
+                *device = handle_of(slot);
+                result = NVML_SUCCESS;
+            }
+    }
+    return end(result);
+}
+
 EXPORT nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device)
 {
     const char *function = "nvmlDeviceGetHandleByUUID";
@@ -322,7 +351,10 @@ EXPORT nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *de
         for (unsigned slot = 0; slot < state_known(); slot++)
             if (strcmp(state_gpu(slot)->uuid, uuid) == 0)
                 found = (int)slot;
-        result = give_handle(function, found, NVML_ERROR_NOT_FOUND, device);
+        int whole = found < 0 ? slot_of_mig(uuid) : -1;
+        result = give_handle(function, found < 0 ? whole : found, NVML_ERROR_NOT_FOUND, device);
+        if (result == NVML_SUCCESS && whole >= 0)
+            *device = handle_of(MAX_GPUS + (unsigned)whole);
     }
     return end(result);
 }
