@@ -79,6 +79,7 @@ def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
         managed=owned is not None,
         original_mw=owned.original_mw if owned else None,
         target_mw=target_mw,
+        wanted_mw=target_mw or decision.target_mw,
         pods=sorted(pods),
         state=state,
         reason=reason,

@@ -118,6 +118,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
     managed: bool = False
     original_mw: int | None = None
     target_mw: int | None = None
+    wanted_mw: int | None = None  # as target_mw, and in a dry run what it would be
     pods: list[str] = []
     state: GpuState = "free"
     reason: str = "not looked at yet"

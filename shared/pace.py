@@ -39,7 +39,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long to wait after failures in a row: `first_s`, and each time twice as long.
+    """How long to wait after failures in a row: `first_s`, and each time `factor` times as long.
 
     `due_s` is when the next try may begin; None where nothing has failed.
     """
@@ -48,12 +48,13 @@ class Backoff:
     most_s: float
     failures: int = 0
     due_s: float | None = None
+    factor: float = 2.0
 
     @property
     def next_wait_s(self) -> float:
         """How long to wait after the next failure."""
-        doublings = min(self.failures, 64)  # 2.0 ** 1024 is no float
-        return float(min(self.most_s, self.first_s * 2.0**doublings))
+        failures = min(self.failures, 64)  # 2.0 ** 1024 is no float
+        return float(min(self.most_s, self.first_s * self.factor**failures))
 
     def failed(self, now_s: float, *, share: float = 1.0, least_s: float = 0.0) -> "Backoff":
         """Return it after one more failure.
@@ -71,7 +72,7 @@ class Backoff:
 
     def cleared(self) -> "Backoff":
         """Return it after a success."""
-        return Backoff(self.first_s, self.most_s)
+        return replace(self, failures=0, due_s=None)
 
     def left_s(self, now_s: float) -> float:
         """Return how long it takes until the next try may begin; 0 where it may now."""

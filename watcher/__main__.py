@@ -52,8 +52,9 @@ class Watcher:
         on_report = self._recorder.take if self._recorder else lambda *_: None
         client, box = Client(settings.run_dir), self._mailbox
         scope, reader = Scope(settings.node, settings.namespace), PodReader(settings.annotation)
-        self._publisher = Publisher(client, box, scope, self._counts, log, on_report)
         self._reflector = Reflector(self._api, scope, reader, box.offer, self._counts, log)
+        heard = self._reflector.heard
+        self._publisher = Publisher(client, box, scope, self._counts, log, on_report, heard)
         self._reflecting = threading.Thread(
             target=self._reflector.run, name="reflector", daemon=True
         )
@@ -99,15 +100,22 @@ class Watcher:
             signal.signal(number, lambda *_: self._stop.set())
 
     def _pages(self) -> dict[str, health.Page]:
-        registry = metrics.registry(
+        sources = metrics.Sources(
             self._counts,
             link=lambda: self._publisher.link(time.monotonic()),
+            api_age_s=lambda: self._reflector.heard().silent_s,
             dropped=lambda: self._log.dropped,
+            started_ts=round(time.time(), 3),
         )
+        registry = metrics.registry(sources)
         return {
             "/metrics": lambda: (200, metrics.CONTENT_TYPE, metrics.page(registry)),
             "/healthz": lambda: health.checklist(self._stuck()),
-            "/readyz": lambda: health.checklist(self._missing()),
+            "/readyz": lambda: health.readiness(
+                self._reflector.heard(),
+                listed=self._reflector.listed,
+                missing=self._publisher.missing(time.monotonic()),
+            ),
         }
 
     def _stuck(self) -> list[str]:
@@ -122,11 +130,6 @@ class Watcher:
             if not self._recording.is_alive() or turned_s > events.TURN_S:
                 stuck.append("events: stuck")
         return stuck
-
-    def _missing(self) -> list[str]:
-        problem = self._reflector.problem or "asking"
-        listed = [] if self._reflector.listed else [f"pods: not listed yet: {problem}"]
-        return listed + self._publisher.missing(time.monotonic())
 
 
 if __name__ == "__main__":

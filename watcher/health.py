@@ -7,10 +7,11 @@ import socketserver
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 
 from shared.settings import SettingsError
+from watcher.reflector import Heard
 from watcher.settings import Address
 
 # A path's page: status, content type, body.
@@ -19,14 +20,37 @@ Page = Callable[[], tuple[int, str, str]]
 _TEXT = "text/plain; charset=utf-8"
 # The kernel has no IPv6, or no interface has it (net.ipv6.conf.*.disable_ipv6).
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+# A bookmark comes each minute, so longer than this without a word is worth a note.
+SUSPECT_S = 75.0
+# No word for so long is no restart of the API server, and the agent does not see what is wanted.
+UNREADY_S = 300.0
 _READ_S = 5.0
 _CONNECTIONS = 8
 _OLD_S = 2.0  # where all are alike, a full house drops the oldest, if it had time enough
 
 
-def checklist(missing: list[str]) -> tuple[int, str, str]:
-    """Return the page of a check: 200, or 503 and what is missing."""
-    return (503, _TEXT, "\n".join(missing) + "\n") if missing else (200, _TEXT, "ok\n")
+def checklist(missing: list[str], notes: Sequence[str] = ()) -> tuple[int, str, str]:
+    """Return the page of a check: 200, or 503 and what is missing; `notes` are said in any case."""
+    lines = [*(missing or ["ok"]), *notes]
+    return 503 if missing else 200, _TEXT, "\n".join(lines) + "\n"
+
+
+def readiness(heard: Heard, *, listed: bool, missing: list[str]) -> tuple[int, str, str]:
+    """Return the page of /readyz: whether the agent can do its work on this node.
+
+    Without a list it cannot. Later the API may fail for a while: what was last wanted is enforced,
+    and one restart of the API must not make all nodes of a cluster unready. So its trouble is only
+    noted at first.
+    """
+    if not listed:
+        return checklist([f"pods: not listed yet: {heard.error or 'asking'}", *missing])
+    said = f"the API server last said something {heard.silent_s:.0f} s ago"
+    if heard.error:
+        said += f": {heard.error}"
+    if heard.silent_s > UNREADY_S:
+        return checklist([f"api: {said}; the limits of before hold", *missing])
+    troubled = heard.error or heard.silent_s > SUSPECT_S
+    return checklist(missing, [f"api: {said}"] if troubled else [])
 
 
 class Server(socketserver.ThreadingTCPServer):

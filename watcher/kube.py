@@ -32,7 +32,7 @@ from shared.settings import SettingsError, without_password
 _CONNECT_S = 5.0
 # An answer that may take longer is a watch: its head comes at once, or the server hangs.
 _PROMPT_S = 60.0
-_HEAD_S = 30.0
+_HEAD_S = 20.0
 _CHUNK_BYTES = 64 * 1024
 _STATUS_BYTES = 16 * 1024  # of an error's body, whose `message` says what was wrong
 # A peer that disappears (node replaced, NAT entry lost) is noticed after about 25 s,
@@ -49,7 +49,8 @@ _KEEPALIVE = [
 class ApiError(Exception):
     """The API server did not do what it was asked; `status` None where it did not answer.
 
-    `too_large`: it has not come as far as the resource version that it was asked for.
+    `too_large`: it has not come as far as the resource version that it was asked for. `silent`: it
+    said nothing for as long as was waited for it, and the connection is there.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class ApiError(Exception):
         retry_after_s: float = 0,
         *,
         too_large: bool = False,
+        silent: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
         self.too_large = too_large
+        self.silent = silent
 
 
 class Answer:
@@ -346,7 +349,12 @@ def _mapped_errors(proxy: str = "") -> Iterator[None]:
         root = _root(error)
         torn = isinstance(error, ProtocolError) and not isinstance(root, OSError)
         why = "the connection broke in the middle of an answer" if torn else _one_line(root)
-        raise ApiError(f"{why} (through the proxy {proxy})" if proxy else why) from error
+        # With a number it is the kernel's word that the peer has gone (ETIMEDOUT).
+        silent = isinstance(root, TimeoutError) and root.errno is None
+        if silent:
+            why = f"the API server is silent: {why}"
+        text = f"{why} (through the proxy {proxy})" if proxy else why
+        raise ApiError(text, silent=silent) from error
 
 
 def _root(error: BaseException) -> BaseException:

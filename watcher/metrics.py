@@ -82,25 +82,38 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The enforcer as the watcher sees it: `current` is a report that still holds."""
+    """The enforcer as the watcher sees it, and its last report, however old that is.
+
+    Ages are counted from the watcher's start where there was no answer yet.
+    """
 
     up: bool
     snapshot_age_s: float
     report: messages.Report | None
-    current: bool
+    report_age_s: float
 
 
-def registry(
-    counts: Counts, link: Callable[[], Link], dropped: Callable[[], int]
-) -> CollectorRegistry:
-    """Return a registry with all our metrics, and with none of the interpreter or the process.
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the numbers of a page come from, each asked when one is made.
 
-    `dropped` tells how many log lines of the watcher nobody took.
+    `dropped` tells how many log lines of the watcher nobody took. `api_age_s` is how long ago the
+    API server last said something, or since the watcher's start where it never did.
     """
+
+    counts: Counts
+    link: Callable[[], Link]
+    api_age_s: Callable[[], float]
+    dropped: Callable[[], int]
+    started_ts: float
+
+
+def registry(sources: Sources) -> CollectorRegistry:
+    """Return a registry with all our metrics, and with none of the interpreter or the process."""
     made = CollectorRegistry()
-    made.register(counts.latency)
-    made.register(counts.lead)
-    made.register(_Agent(counts, link, dropped))
+    made.register(sources.counts.latency)
+    made.register(sources.counts.lead)
+    made.register(_Agent(sources))
     return made
 
 
@@ -112,24 +125,30 @@ def page(registered: CollectorRegistry) -> str:
 class _Agent(Collector):
     """Makes the metrics anew for each page, from what is known at that moment."""
 
-    def __init__(
-        self, counts: Counts, link: Callable[[], Link], dropped: Callable[[], int]
-    ) -> None:
-        self._counts = counts
-        self._link = link
-        self._dropped = dropped
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
 
     def collect(self) -> Iterator[Metric]:
-        link = self._link()
+        link = self._sources.link()
         report = link.report
-        if report is not None and link.current:
+        # The last that is known stays while the enforcer is away, and its age says how old it is.
+        # A series that went away would end an alert, though nothing was repaired.
+        if report is not None:
             yield from _gpu_gauges(report.gpus)
+            yield from _gpu_labels(report.gpus)
+            yield from _node_most(report.gpus)
             yield from _pod_gauges(report)
-        if report is not None:  # totals stay true while the enforcer is away
             yield from _enforcer_counters(report)
-        yield from _watch_counters(self._counts)
-        yield _dropped_lines(self._dropped(), report)
+            yield from _enforcer_gauges(report)
+        yield from _watch_counters(self._sources.counts)
+        yield _dropped_lines(self._sources.dropped(), report)
         yield from _link_gauges(link)
+        yield GaugeMetricFamily(
+            "power_agent_api_age_seconds",
+            "Since the API server last said something: a list, an event, a bookmark.",
+            value=round(self._sources.api_age_s(), 3),
+        )
+        yield _started(self._sources.started_ts, report)
 
 
 _GPU_WATTS: tuple[tuple[str, str, Callable[[messages.Gpu], int | None]], ...] = (
@@ -155,6 +174,11 @@ _GPU_WATTS: tuple[tuple[str, str, Callable[[messages.Gpu], int | None]], ...] = 
         lambda gpu: gpu.max_mw,
     ),
     ("power_agent_gpu_power_watts", "Power drawn.", lambda gpu: gpu.power_mw),
+    (
+        "power_agent_gpu_target_limit_watts",
+        "Limit that the agent wants there; in a dry run what it would set.",
+        lambda gpu: gpu.wanted_mw,
+    ),
 )
 
 
@@ -167,8 +191,42 @@ def _gpu_gauges(gpus: list[messages.Gpu]) -> Iterator[Metric]:
         GaugeMetricFamily(
             "power_agent_gpu_managed", "Whether the agent holds this GPU's limit.", labels=_GPU
         ),
-        [(_gpu(gpu), gpu.managed) for gpu in gpus],
+        # The ledger has a limit before it is written. One that was refused is not held.
+        [(_gpu(gpu), gpu.managed and gpu.state != "failed") for gpu in gpus],
     )
+
+
+def _gpu_labels(gpus: list[messages.Gpu]) -> Iterator[Metric]:
+    yield _filled(
+        GaugeMetricFamily(
+            "power_agent_gpu_state", "The state that each GPU is in.", labels=(*_GPU, "state")
+        ),
+        [((*_gpu(gpu), gpu.state), 1) for gpu in gpus],
+    )
+    # The names of the last two are dcgm-exporter's.
+    yield _filled(
+        GaugeMetricFamily(
+            "power_agent_gpu_info",
+            "What each GPU is.",
+            labels=(*_GPU, "pci_bus_id", "modelName"),
+        ),
+        [((*_gpu(gpu), gpu.pci or "", gpu.name or ""), 1) for gpu in gpus],
+    )
+
+
+def _node_most(gpus: list[messages.Gpu]) -> Iterator[Metric]:
+    """Tell the most that the node's GPUs may draw; nothing where that is not known of each.
+
+    One whose limit cannot be read counts with the highest that its hardware takes.
+    """
+    most = [gpu.max_mw if gpu.enforced_mw is None else gpu.enforced_mw for gpu in gpus]
+    known = [mw for mw in most if mw is not None]
+    if known and len(known) == len(most):
+        yield GaugeMetricFamily(
+            "power_agent_node_most_watts",
+            "The most that all GPUs of the node may draw, managed or not.",
+            value=_watts(sum(known)),
+        )
 
 
 def _pod_gauges(report: messages.Report) -> Iterator[Metric]:
@@ -242,6 +300,37 @@ def _enforcer_counters(report: messages.Report) -> Iterator[Metric]:
             (("stale",), counters.stale),
         ],
     )
+    yield CounterMetricFamily(
+        "power_agent_refused_connections_total",
+        "Connections closed before a message was read.",
+        counters.refused_connections,
+    )
+
+
+def _enforcer_gauges(report: messages.Report) -> Iterator[Metric]:
+    yield _filled(
+        GaugeMetricFamily("power_agent_nvml_state", "How NVML does.", labels=("state",)),
+        [((report.nvml,), 1)],
+    )
+    if report.enforcer is not None:
+        yield GaugeMetricFamily(
+            "power_agent_dry_run",
+            "Whether limits are decided on and not written.",
+            value=report.enforcer.dry_run,
+        )
+
+
+def _started(watcher_ts: float, report: messages.Report | None) -> Metric:
+    enforcer = None if report is None else report.enforcer
+    samples: list[Sample] = [(("watcher",), watcher_ts)]
+    if enforcer is not None and enforcer.started_ts is not None:
+        samples.append((("enforcer",), enforcer.started_ts))
+    family = GaugeMetricFamily(
+        "power_agent_start_time_seconds",
+        "When each program started, as Unix time.",
+        labels=("component",),
+    )
+    return _filled(family, samples)
 
 
 def _watch_counters(counts: Counts) -> Iterator[Metric]:
@@ -287,6 +376,11 @@ def _link_gauges(link: Link) -> Iterator[Metric]:
         "power_agent_snapshot_age_seconds",
         "Since the enforcer last took a snapshot.",
         value=round(link.snapshot_age_s, 3),
+    )
+    yield GaugeMetricFamily(
+        "power_agent_report_age_seconds",
+        "Since the enforcer's last answer, on which all series of GPUs and pods rest.",
+        value=round(link.report_age_s, 3),
     )
     yield _filled(
         GaugeMetricFamily("power_agent_build_info", "The running version.", labels=("version",)),

@@ -1,7 +1,7 @@
 """Tells the enforcer what is wanted: at once when it changes, and every two seconds.
 
 Rules:
-1. Without a complete list the enforcer is only pinged: "not known" is not "nothing".
+1. Without a complete list the enforcer is only told so (`unlisted`): "not known" is not "nothing".
 2. Each message is the whole wish; the revision rises by one with each that differs.
 3. What was offered last goes on being sent, whatever becomes of the Kubernetes API.
 """
@@ -25,7 +25,7 @@ from watcher import snapshot
 from watcher.leads import Leads
 from watcher.metadata import Pod
 from watcher.metrics import Counts, Link
-from watcher.reflector import Scope
+from watcher.reflector import Heard, Scope
 
 HEARTBEAT_S = 2.0
 SILENT_S = 5.0  # two heartbeats and a turn without any answer
@@ -34,6 +34,10 @@ _HOLDS = ("enforced", "clamped")  # a pod's limit was written, and read back
 _NO_ANSWER = "no answer"
 _SEE_THE_LOG = "the socket can be opened, but the enforcer does not answer: see its log"
 _SHOWN = 16  # pods named in one log line
+# What is said of the API comes with each message: this much of one is kept free for it.
+_API_CHARS = 300
+_API_BYTES = 4 * _API_CHARS + 100
+_NO_LIST = "the API server gave no list of pods yet"
 
 
 class Client(Protocol):
@@ -108,15 +112,20 @@ class Publisher:
         counts: Counts,
         log: Log,
         on_report: Callable[[messages.Report, list[messages.DesiredPod]], None],
+        heard: Callable[[], Heard],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; nothing is sent before `run`. `on_report` gets what was asked for too."""
+        """Prepare; nothing is sent before `run`.
+
+        `on_report` gets what was asked for too. `heard` tells how the API server does.
+        """
         self._client = client
         self._mailbox = mailbox
         self._scope = scope
         self._counts = counts
         self._log = log
         self._on_report = on_report
+        self._api = heard
         self._clock = clock
         self._session = secrets.token_hex(16)
         self._content = snapshot.EMPTY
@@ -127,8 +136,10 @@ class Publisher:
         self._retry = _RETRY
         # Oldest first. The newest count, so a full one forgets its oldest; a whole node fits in.
         self._pending: deque[_Change] = deque(maxlen=messages.MAX_PODS)
-        self._reported_at = self._clock()
+        self._accepted_at = self._clock()  # when a snapshot was last answered with a report
+        self._reported_at = self._accepted_at  # when anything was
         self._report: messages.Report | None = None
+        self._taken = False  # whether a snapshot was answered with a report
         self._heard = False
         self._owed_since: float | None = None  # when the oldest request without an answer was due
         self._silence = ""  # why there is no answer, as it was found when it began
@@ -199,13 +210,13 @@ class Publisher:
             scope="namespace" if self._scope.namespace else "node",
         )
         size = len(messages.encode(made))
-        if size > messages.MAX_MESSAGE_BYTES:
-            most = messages.MAX_MESSAGE_BYTES
+        most = messages.MAX_MESSAGE_BYTES - _API_BYTES
+        if size > most:
             raise snapshot.TooMuchError(f"the snapshot has {size} bytes; at most {most}")
         return made
 
     def _suspend(self, problem: str) -> None:
-        """Only ping from now on: what is wanted cannot be said, and what was said is outdated."""
+        """Only say so from now on: what is wanted cannot be told, and what was told is outdated."""
         if self.too_much is None:
             self._log.error("snapshot_impossible", message=problem)
         self.too_much = problem
@@ -216,11 +227,27 @@ class Publisher:
         self._due_at = now + HEARTBEAT_S
         if self._owed_since is None:
             self._owed_since = now
-        if self._client.send(self._snapshot or messages.Ping()):
+        if self._client.send(self._message()):
             self._retry = self._retry.cleared()
         elif self._client.connected:
             self._retry = self._retry.failed(now)
             self._due_at = now + self._retry.left_s(now)
+
+    def _message(self) -> messages.Request:
+        """Return what there is to tell: the snapshot, or why there is none."""
+        heard = self._api()
+        age_s = None if heard.age_s is None else round(heard.age_s, 3)
+        error = heard.error[:_API_CHARS]
+        if self._snapshot is not None:
+            return msgspec.structs.replace(self._snapshot, api_age_s=age_s, api_error=error)
+        why = self.too_much or (f"{_NO_LIST}: {heard.error}" if heard.error else _NO_LIST)
+        return messages.Unlisted(
+            session=self._session,
+            node=self._scope.node,
+            why=why[:_API_CHARS],
+            api_age_s=age_s,
+            api_error=error,
+        )
 
     def _take(self, reply: messages.Reply, now: float) -> None:
         self._heard = True
@@ -230,16 +257,17 @@ class Publisher:
                 self._reported_at = now
                 self._report = reply
                 self._accepted()
-                self._measure(reply, now)
-                self._leads.told(reply.pods)
-                self._on_report(reply, self._content.pods)
+                if reply.revision:  # else it answers an `unlisted`, and pods may be missing
+                    self._taken = True
+                    self._accepted_at = now
+                    self._measure(reply, now)
+                    self._leads.told(reply.pods)
+                    self._on_report(reply, self._content.pods)
             case messages.Error(code="stale"):
                 self._pending.clear()  # the other watcher had them enforced, or nobody
                 self._refuse("stale", f"another watcher took over this node: {reply.message}")
             case messages.Error():
                 self._refuse(reply.code, f"the enforcer refuses ({reply.code}): {reply.message}")
-            case messages.Pong() if self._snapshot is None:
-                self._accepted()  # nothing is sent that could be refused
             case _:
                 pass  # an answer to nothing that was asked here
 
@@ -300,9 +328,12 @@ class Publisher:
     def link(self, now: float) -> Link:
         """Return how the enforcer is doing, for the metrics."""
         up = self._heard and self._client.connected and not self._silence
-        age_s = now - self._reported_at
-        current = up and self._refusal is None and age_s <= SILENT_S
-        return Link(up=up, snapshot_age_s=age_s, report=self._report, current=current)
+        return Link(
+            up=up,
+            snapshot_age_s=now - self._accepted_at,
+            report=self._report,
+            report_age_s=now - self._reported_at,
+        )
 
     def missing(self, now: float) -> list[str]:
         """Return what keeps limits from being enforced, as far as this side can see."""
@@ -312,7 +343,9 @@ class Publisher:
             missing.append(f"enforcer: {self._refusal[1]}")
         elif not link.up:
             missing.append(f"enforcer: {self._silence or _NO_ANSWER}")
-        elif self._snapshot is not None:  # else it was asked nothing yet that it could report on
+        elif self._snapshot is not None and not self._taken:
+            missing.append("enforcer: no report yet")
+        elif link.report is not None:
             missing += _unfit(link.report)
         return missing
 
@@ -330,9 +363,7 @@ def _enforced(changes: list[_Change], pods: list[messages.Pod]) -> list[float]:
     return list(arrived_at.values())
 
 
-def _unfit(report: messages.Report | None) -> list[str]:
-    if report is None:
-        return ["enforcer: no report yet"]
+def _unfit(report: messages.Report) -> list[str]:
     unfit = [] if report.nvml == "ok" else [f"nvml: {report.nvml}: {report.nvml_message}"]
     return unfit + _unseen(report)
 

@@ -11,6 +11,8 @@ Rules:
    failure never empties it.
 5. Only a watch that lasts is a success: whatever else comes again and again waits ever longer,
    or a second at most where it brings something each time.
+6. A watch that brings nothing for longer than a bookmark takes is asked for again. A server that
+   hangs does not answer that, and one that sends no bookmarks does at once.
 
 `verdict` judges each end, and `after_end` and `Pace` follow from it. They are pure; the rest acts.
 """
@@ -41,8 +43,11 @@ DOUBT_S = (60, 75)  # of a watch after one that was lost; a bookmark comes each 
 # where nothing happens: a read that is waited in cannot look at the clock.
 PROOF_S = (2, 3)
 WATCH_SLACK_S = 20.0
+SILENT_S = 70.0  # rule 6
 STEADY_S = 1.0  # a watch that lived as long has proved that the server can be watched
-_BACKOFF = Backoff(first_s=0.25, most_s=30.0)
+# A server that restarts is tried five times within half a minute, so that its failures can be told
+# from those of an outage.
+_BACKOFF = Backoff(first_s=0.25, most_s=30.0, factor=4.0)
 _DIGITS = 39  # versions are 128 bits at most (KEP-5504)
 
 Offer = Callable[[Mapping[str, Pod], float | None], None]
@@ -222,7 +227,7 @@ class Pace:
             if judged.cause == "closed":
                 return Pace(backoff)
         elif judged.worth is Worth.FRUITFUL and judged.cause != "expired":
-            backoff = backoff.capped(2)  # so this wait is a second at most
+            backoff = backoff.capped(1)  # so this wait is a second at most
         # A short watch that ends in order, or a version that is not known, is an answer. It is
         # no reason to wait, unless it comes again and again.
         answer = judged.cause in ("closed", "expired")
@@ -230,6 +235,24 @@ class Pace:
             return Pace(backoff, let_off=True)
         backoff = backoff.failed(now_s, share=share, least_s=least_s)
         return Pace(backoff, let_off=answer, wait_s=backoff.left_s(now_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The API server as it was heard last.
+
+    `silent_s` is how long ago it last said something useful (a list, the head of a watch, an event,
+    a bookmark), or since the start where it `never` did. `error` is what is wrong now, if anything.
+    """
+
+    silent_s: float
+    never: bool = False
+    error: str = ""
+
+    @property
+    def age_s(self) -> float | None:
+        """How old its last word is; None where it said none."""
+        return None if self.never else self.silent_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +267,8 @@ class Trouble:
 class Reflector:
     """Steps through the states for ever and offers the pods whenever they have changed.
 
-    Only the thread that is in `run` writes here. Others call `stop`, and look at `listed`,
-    `problem` and `turned_at`.
+    Only the thread that is in `run` writes here. Others call `stop` and `heard`, and look at
+    `listed`, `problem` and `turned_at`.
     """
 
     def __init__(  # noqa: PLR0913 - its parts
@@ -276,12 +299,21 @@ class Reflector:
         self._stop = threading.Event()
         self.listed = False
         self.turned_at = clock()
+        self._began_at = self.turned_at
+        self._heard_at: float | None = None
 
     @property
     def problem(self) -> str | None:
         """What keeps the server from being watched; None where nothing does."""
         trouble = self._trouble
         return None if trouble is None else trouble.text
+
+    def heard(self) -> Heard:
+        """Return when the server last said something, and what is wrong."""
+        heard_at = self._heard_at
+        since = self._began_at if heard_at is None else heard_at
+        silent_s = max(0.0, self._clock() - since)
+        return Heard(silent_s, never=heard_at is None, error=self.problem or "")
 
     def run(self) -> None:
         """Reflect until stopped."""
@@ -343,6 +375,7 @@ class Reflector:
         self._held_version = _number(version)
         self._pods = pods
         self.listed = True
+        self._heard_at = self._clock()
         self._offer(MappingProxyType(pods.copy()), None)
         return Resuming(version)
 
@@ -361,16 +394,22 @@ class Reflector:
             self._scope.path,
             self._scope.selector | query,
             accept=metadata.WATCH_ACCEPT,
-            read_timeout_s=seconds + WATCH_SLACK_S,
+            read_timeout_s=min(SILENT_S, seconds + WATCH_SLACK_S),
         )
-        return Watching(state.version, self._clock(), state.doubtful)
+        self._heard_at = self._clock()
+        return Watching(state.version, self._heard_at, state.doubtful)
 
     def _take(self, state: Watching) -> State:
         """Wait for the next bytes of the watch and apply the lines they complete."""
         if state.failure is not None:
             raise state.failure
         assert self._answer is not None
-        data = self._answer.read()
+        try:
+            data = self._answer.read()
+        except ApiError as error:
+            if not _is_overdue(state, error, self._clock()):
+                raise
+            return self._end(state, None)
         arrived_at = self._clock()
         if not data:
             return self._closed(state, arrived_at)
@@ -385,6 +424,7 @@ class Reflector:
                 state = replace(state, failure=error)
                 break
             state = replace(state, version=version, fruitful=True, doubtful=False)
+            self._heard_at = arrived_at
             changed = changed or pods_changed
         if changed:
             self._offer(MappingProxyType(self._pods.copy()), arrived_at)
@@ -467,6 +507,11 @@ class Reflector:
         if trouble is not None:
             outage_s = round(now_s - trouble.since_s, 3)
             self._log.info("kubernetes_answers", outage_s=outage_s)
+
+
+def _is_overdue(state: Watching, error: ApiError, now_s: float) -> bool:
+    """Tell whether a watch was silent for so long that it is asked for again (rule 6)."""
+    return error.silent and now_s - state.opened_s >= SILENT_S - STEADY_S
 
 
 def _watch_error(failure: metadata.Failure) -> ApiError:

@@ -253,7 +253,7 @@ def test_api_down_at_start_is_waited_for_and_nothing_is_told(node: WatcherNode) 
         node.start()
         until(lambda: "pods: not listed yet" in node.page("/readyz")[1], "the reason")
         stays(lambda: node.sent() == [], 1.0)
-        assert "enforcer" not in node.page("/readyz")[1]  # which answers pings
+        assert "enforcer" not in node.page("/readyz")[1]  # which answers
         assert node.metric("power_agent_enforcer_up") == 1
         assert node.page("/healthz")[0] == 200
         assert len(node.logs("kubernetes_failing")) == 1

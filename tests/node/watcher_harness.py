@@ -29,11 +29,12 @@ NODE = "gpu-node"
 _WAIT_S = 0.05
 # Sooner than anything that the watcher itself waits for, and than a kubelet that kills after 30 s.
 _STOPPED_S = 15.0
+_Asked = m.Snapshot | m.Unlisted
 _Answer = Callable[[m.Snapshot], m.Reply]
 
 
 def report(
-    snapshot: m.Snapshot,
+    request: _Asked,
     *,
     pods: list[m.Pod] | None = None,
     nvml: m.NvmlState = "ok",
@@ -41,8 +42,8 @@ def report(
 ) -> m.Report:
     """What an enforcer without GPUs answers."""
     return m.Report(
-        session=snapshot.session,
-        revision=snapshot.revision,
+        session=request.session,
+        revision=request.revision if isinstance(request, m.Snapshot) else 0,
         nvml=nvml,
         nvml_message=nvml_message,
         gpus=[],
@@ -91,8 +92,8 @@ class StandIn:
     def _reply(request: m.Request, answer: _Answer) -> m.Reply:
         if isinstance(request, m.Snapshot):
             return answer(request)
-        assert isinstance(request, m.Ping)
-        return m.Pong(version="1", uptime_s=1.0)
+        assert isinstance(request, m.Unlisted)
+        return report(request)
 
     def last(self) -> m.Snapshot | None:
         """The newest snapshot, None where none came."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from shared.settings import SettingsError
 from tests.simnode.exposition import Family, read
 from tests.waiting import HANG_S, until
 from watcher import health, metrics
-from watcher.metrics import Counts, Link
+from watcher.metrics import Counts, Link, Sources
+from watcher.reflector import Heard
 from watcher.settings import Address
 
 # ---------------------------------------------------------------------- names and labels
@@ -48,6 +50,16 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "power_agent_denied_messages_total": ("counter", {"reason"}),
     "power_agent_dropped_log_lines_total": ("counter", {"component"}),
     "power_agent_build_info": ("gauge", {"version"}),
+    "power_agent_gpu_target_limit_watts": ("gauge", {"gpu", "UUID"}),
+    "power_agent_gpu_state": ("gauge", {"gpu", "UUID", "state"}),
+    "power_agent_gpu_info": ("gauge", {"gpu", "UUID", "pci_bus_id", "modelName"}),
+    "power_agent_node_most_watts": ("gauge", set()),
+    "power_agent_nvml_state": ("gauge", {"state"}),
+    "power_agent_dry_run": ("gauge", set()),
+    "power_agent_refused_connections_total": ("counter", set()),
+    "power_agent_report_age_seconds": ("gauge", set()),
+    "power_agent_api_age_seconds": ("gauge", set()),
+    "power_agent_start_time_seconds": ("gauge", {"component"}),
 }
 OF_THE_WATCHER = {
     "power_agent_enforcement_latency_seconds",
@@ -57,14 +69,25 @@ OF_THE_WATCHER = {
     "power_agent_list_requests_total",
     "power_agent_enforcer_up",
     "power_agent_snapshot_age_seconds",
+    "power_agent_report_age_seconds",
+    "power_agent_api_age_seconds",
+    "power_agent_start_time_seconds",
     "power_agent_build_info",
     "power_agent_dropped_log_lines_total",
 }
-COUNTERS_OF_THE_ENFORCER = {
-    "power_agent_limit_writes_total",
-    "power_agent_limit_write_failures_total",
-    "power_agent_denied_messages_total",
-}
+
+
+ENFORCER = m.EnforcerStatus(
+    version=__version__,
+    pid=1,
+    started_ts=2e9,
+    dry_run=True,
+    min_mw=None,
+    max_mw=None,
+    conflict="lowest",
+    cgroup_roots=[],
+    ledger="",
+)
 
 
 def gpu(index: int | None = 0, **more: object) -> m.Gpu:
@@ -78,6 +101,7 @@ def gpu(index: int | None = 0, **more: object) -> m.Gpu:
         "max_mw": 700_000,
         "power_mw": 123_456,
         "managed": True,
+        "wanted_mw": 350_500,
         "writes": {"acquire": 1, "drift": 2},
         "write_failures": {"NVML_ERROR_UNKNOWN": 3},
     }
@@ -107,16 +131,19 @@ def report(gpus: list[m.Gpu], pods: list[m.Pod]) -> m.Report:
         nvml_message="",
         gpus=gpus,
         pods=pods,
-        counters=m.Counters(denied=4, malformed=5, stale=6, dropped_log_lines=8),
+        counters=m.Counters(
+            denied=4, refused_connections=154, malformed=5, stale=6, dropped_log_lines=8
+        ),
+        enforcer=ENFORCER,
     )
 
 
 def shown(counts: Counts, link: Link) -> str:
-    return metrics.page(metrics.registry(counts, lambda: link, lambda: 7))
+    return metrics.page(metrics.registry(Sources(counts, lambda: link, lambda: 61, lambda: 7, 1e9)))
 
 
-def page(gpus: list[m.Gpu], pods: list[m.Pod], *, current: bool = True) -> dict[str, Family]:
-    link = Link(current, 0.25, report(gpus, pods), current)
+def page(gpus: list[m.Gpu], pods: list[m.Pod], *, up: bool = True) -> dict[str, Family]:
+    link = Link(up, 0.25, report(gpus, pods), 0.25 if up else 3600)
     return read(shown(Counts(), link))
 
 
@@ -170,18 +197,23 @@ def test_what_is_not_known_is_left_out_and_not_zero() -> None:
     assert len(found["power_agent_gpu_max_limit_watts"].samples) == 1
 
 
-def test_while_the_enforcer_is_away_only_totals_and_the_watchers_own_are_shown() -> None:
-    """A gauge of ten minutes ago would be a lie; a total that goes away and returns, a gap."""
-    found = page([gpu()], [pod()], current=False)
-    assert set(found) == OF_THE_WATCHER | COUNTERS_OF_THE_ENFORCER
-    assert found["power_agent_enforcer_up"].one() == 0
+def test_while_the_enforcer_is_away_what_was_last_known_stays_and_says_how_old_it_is() -> None:
+    """A series that goes away would end an alert, though nothing was repaired."""
+    there, away = page([gpu()], [pod()]), page([gpu()], [pod()], up=False)
+    assert {name for name in there if there[name] != away[name]} == {
+        "power_agent_enforcer_up",
+        "power_agent_report_age_seconds",
+    }
+    assert away["power_agent_enforcer_up"].one() == 0
+    assert away["power_agent_report_age_seconds"].one() == 3600
 
 
 def test_before_the_first_report_there_are_only_the_watchers_own() -> None:
-    away = Link(up=False, snapshot_age_s=3, report=None, current=False)
+    away = Link(up=False, snapshot_age_s=3, report=None, report_age_s=4)
     found = read(shown(Counts(), away))
     assert set(found) == OF_THE_WATCHER
     assert found["power_agent_snapshot_age_seconds"].one() == 3
+    assert found["power_agent_report_age_seconds"].one() == 4
     assert found["power_agent_build_info"].one(version=__version__) == 1
 
 
@@ -224,6 +256,44 @@ def test_refused_messages_are_counted_by_reason() -> None:
     denied = page([], [])["power_agent_denied_messages_total"]
     found = {dict(labels)["reason"]: value for (_, labels), value in denied.samples.items()}
     assert found == {"denied": 4, "malformed": 5, "stale": 6}
+    assert page([], [])["power_agent_refused_connections_total"].one() == 154
+
+
+@pytest.mark.parametrize(
+    ("gpus", "watts"),
+    [
+        ([gpu(0), gpu(1, managed=False, enforced_mw=700_000)], 1000),
+        ([gpu(0), gpu(1, enforced_mw=None)], 1000),  # not read: what its hardware takes at most
+        ([gpu(0), gpu(1, enforced_mw=None, max_mw=None)], None),
+        ([], None),  # nothing is known, which is not "no load"
+    ],
+)
+def test_the_most_that_a_node_may_draw_counts_every_gpu(
+    gpus: list[m.Gpu], watts: float | None
+) -> None:
+    found = page(gpus, []).get("power_agent_node_most_watts")
+    assert (None if found is None else found.one()) == watts
+
+
+@pytest.mark.parametrize("state", ["free", "managed", "held", "failed", "lost"])
+def test_a_gpu_has_one_state_and_a_limit_that_was_refused_is_not_managed(state: m.GpuState) -> None:
+    found = page([gpu(state=state, pci="00000000:3B:00.0", name="H100")], [])
+    of = {"gpu": "0", "UUID": "GPU-0"}
+    assert len(found["power_agent_gpu_state"].samples) == 1
+    assert found["power_agent_gpu_state"].one(**of, state=state) == 1
+    assert found["power_agent_gpu_managed"].one(**of) == (state != "failed")
+    what = {"pci_bus_id": "00000000:3B:00.0", "modelName": "H100"}
+    assert found["power_agent_gpu_info"].one(**of, **what) == 1
+
+
+def test_what_the_enforcer_tells_of_itself_is_shown() -> None:
+    found = page([gpu(wanted_mw=300_000)], [])
+    assert found["power_agent_dry_run"].one() == 1
+    assert found["power_agent_gpu_target_limit_watts"].one(gpu="0", UUID="GPU-0") == 300
+    assert found["power_agent_nvml_state"].one(state="ok") == 1
+    assert found["power_agent_api_age_seconds"].one() == 61
+    started = found["power_agent_start_time_seconds"]
+    assert (started.one(component="watcher"), started.one(component="enforcer")) == (1e9, 2e9)
 
 
 def test_log_lines_that_nobody_took_are_counted_by_program() -> None:
@@ -236,7 +306,7 @@ def test_what_the_watcher_counts_is_shown() -> None:
     counts.watch_events["MODIFIED"] += 3
     counts.watch_restarts["expired"] += 1
     counts.list_requests += 2
-    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, report_age_s=0)))
     assert found["power_agent_watch_events_total"].one(type="MODIFIED") == 3
     assert found["power_agent_watch_restarts_total"].one(reason="expired") == 1
     assert found["power_agent_list_requests_total"].one() == 2
@@ -258,7 +328,7 @@ def test_latency_is_a_histogram(durations_s: list[float]) -> None:
     for duration_s in durations_s:
         counts.latency.observe(duration_s)
     name = "power_agent_enforcement_latency_seconds"
-    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, report_age_s=0)))
     samples = found[name].samples
     assert samples[f"{name}_count", ()] == len(durations_s)
     assert samples[f"{name}_sum", ()] == pytest.approx(sum(durations_s))
@@ -287,6 +357,32 @@ def test_the_page_of_a_full_node_is_valid() -> None:
     gpus = [gpu(k) for k in range(16)]
     found = page(gpus, [pod(f"p{k}", gpus=[f"GPU-{k % 16}"]) for k in range(1024)])
     assert len(found["power_agent_pod_effective_limit_watts"].samples) == 1024
+
+
+# ---------------------------------------------------------------------- ready or not
+
+
+@pytest.mark.parametrize(
+    ("heard", "listed", "missing", "page"),
+    [
+        (Heard(61), True, [], (200, "ok")),
+        (Heard(9, never=True), False, [], (503, "pods: not listed yet: asking")),
+        (Heard(9, never=True, error="refused"), False, ["nvml: x"], (503, "yet: refused|nvml: x")),
+        # One restart of the API makes no node unready; it is noted all the same.
+        (Heard(40, error="refused"), True, [], (200, "ok|api: .* 40 s ago: refused")),
+        (Heard(80), True, [], (200, "ok|api: .* 80 s ago")),
+        (Heard(80), True, ["nvml: x"], (503, "nvml: x|api: .* 80 s ago")),
+        (Heard(301, error="refused"), True, [], (503, "api: .* 301 s ago: refused; .* hold")),
+    ],
+)
+def test_readyz_is_red_where_the_work_cannot_be_done(
+    heard: Heard, listed: bool, missing: list[str], page: tuple[int, str]
+) -> None:
+    status, _, text = health.readiness(heard, listed=listed, missing=missing)
+    lines = text.splitlines()
+    assert (status, len(lines)) == (page[0], page[1].count("|") + 1)
+    for pattern, line in zip(page[1].split("|"), lines, strict=True):
+        assert re.search(f"{pattern}$", line), line
 
 
 # ---------------------------------------------------------------------- the server

@@ -23,7 +23,7 @@ def everything_served() -> dict[str, set[str]]:
     """Every series name of a full metrics page, with its labels."""
     gpu = m.Gpu(
         index=0, uuid=UUID, name="H100", limit_mw=1, enforced_mw=1, default_mw=1, min_mw=1,
-        max_mw=1, power_mw=1, managed=True, original_mw=1, target_mw=1, pods=["p"],
+        max_mw=1, power_mw=1, managed=True, original_mw=1, target_mw=1, wanted_mw=1, pods=["p"],
         state="managed", reason="", writes={"drift": 1}, write_failures={"unknown": 1},
     )  # fmt: skip
     pod = m.Pod(
@@ -32,10 +32,14 @@ def everything_served() -> dict[str, set[str]]:
     )  # fmt: skip
     report = m.Report(
         session="s", revision=1, nvml="ok", nvml_message="", gpus=[gpu], pods=[pod],
-        counters=m.Counters(),
+        counters=m.Counters(), enforcer=m.EnforcerStatus(
+            version="", pid=1, started_ts=1.0, dry_run=False, min_mw=None, max_mw=None,
+            conflict="lowest", cgroup_roots=[], ledger="",
+        ),
     )  # fmt: skip
-    link = metrics.Link(True, 0.0, report, True)
-    page = metrics.page(metrics.registry(metrics.Counts(), lambda: link, lambda: 0))
+    link = metrics.Link(True, 0.0, report, 0.0)
+    sources = metrics.Sources(metrics.Counts(), lambda: link, lambda: 0, lambda: 0, 1.0)
+    page = metrics.page(metrics.registry(sources))
     served: dict[str, set[str]] = {}
     for name, family in read(page).items():
         suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
@@ -84,6 +88,16 @@ def test_every_metric_is_looked_at() -> None:
     unused = everything_served().keys() - asked
     assert unused == {
         "power_agent_gpu_min_limit_watts",
+        "power_agent_gpu_target_limit_watts",
+        "power_agent_gpu_state",
+        "power_agent_gpu_info",
+        "power_agent_node_most_watts",
+        "power_agent_nvml_state",
+        "power_agent_dry_run",
+        "power_agent_refused_connections_total",
+        "power_agent_report_age_seconds",
+        "power_agent_api_age_seconds",
+        "power_agent_start_time_seconds",
         "power_agent_enforcement_latency_seconds_sum",
         "power_agent_enforcement_latency_seconds_count",
         *(f"power_agent_limit_lead_seconds_{suffix}" for suffix in ("bucket", "sum", "count")),

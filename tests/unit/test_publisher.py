@@ -18,10 +18,9 @@ from watcher.annotations import read
 from watcher.metadata import Pod
 from watcher.metrics import Counts
 from watcher.publisher import HEARTBEAT_S, SILENT_S, Mailbox, Publisher
-from watcher.reflector import Scope
+from watcher.reflector import Heard, Scope
 
 NODE = "node-a"
-PONG = m.Pong(version="1", uptime_s=1.0)
 
 
 class Lines(Log):
@@ -46,7 +45,7 @@ class Link:
     def __init__(self) -> None:
         self.connected, self.connections, self.takes = False, 0, True
         self.sent: list[m.Snapshot] = []
-        self.pings = 0
+        self.unlisted: list[m.Unlisted] = []
         self.hinders: tuple[str, str] | None = None
         self.broken: msgspec.DecodeError | None = None
 
@@ -61,8 +60,8 @@ class Link:
         if isinstance(request, m.Snapshot):
             self.sent += [request] * taken
         else:
-            assert request == m.Ping()
-            self.pings += taken
+            assert isinstance(request, m.Unlisted)
+            self.unlisted += [request] * taken
         return taken
 
     def hindrance(self) -> tuple[str, str] | None:
@@ -84,9 +83,16 @@ class Subject:
 
     def __init__(self) -> None:
         self.link, self.box, self.log, self.counts = Link(), Mailbox(), Lines(), Counts()
+        self.heard = Heard(0.5)
         self.reports: list[tuple[m.Report, list[m.DesiredPod]]] = []
         self.publisher = Publisher(
-            self.link, self.box, Scope(NODE, None), self.counts, self.log, self._on_report
+            self.link,
+            self.box,
+            Scope(NODE, None),
+            self.counts,
+            self.log,
+            self._on_report,
+            lambda: self.heard,
         )
         self.now = time.monotonic()
 
@@ -109,6 +115,18 @@ class Subject:
             nvml=nvml,
             nvml_message="no library" if nvml != "ok" else "",
             gpus=[],
+            pods=[],
+            counters=m.Counters(),
+        )
+
+    def seen(self, *gpus: m.Gpu) -> m.Report:
+        """The answer to the last `unlisted`."""
+        return m.Report(
+            session=self.link.unlisted[-1].session,
+            revision=0,
+            nvml="ok",
+            nvml_message="",
+            gpus=list(gpus),
             pods=[],
             counters=m.Counters(),
         )
@@ -142,12 +160,33 @@ def pod(uid: str, watts: str | None = None, **more: str) -> Pod:
 
 def test_nothing_is_sent_before_the_first_list(subject: Subject) -> None:
     subject.link.connect()
+    subject.heard = Heard(7.0, never=True, error="connection refused")
+    assert subject.step() == []
     for _ in range(20):
-        assert subject.step(PONG, after_s=1.0) == []
+        assert subject.step(subject.seen(m.Gpu(uuid="GPU-0")), after_s=1.0) == []
     assert subject.log.take() == []
     assert subject.missing() == []  # the enforcer answers, and is not blamed
-    assert subject.publisher.link(subject.now).up
-    assert subject.link.pings == 10  # one for each heartbeat
+    link = subject.publisher.link(subject.now)
+    assert link.up
+    assert link.report  # so that nobody reads "no load" from a node that holds load
+    assert [gpu.uuid for gpu in link.report.gpus] == ["GPU-0"]
+    assert link.report_age_s == 0
+    assert link.snapshot_age_s == pytest.approx(20, abs=1)
+    assert len(subject.link.unlisted) == 11  # one for each heartbeat
+    said = subject.link.unlisted[-1]
+    assert said.why == "the API server gave no list of pods yet: connection refused"
+    assert (said.node, said.api_age_s, said.api_error) == (NODE, None, "connection refused")
+    assert subject.reports == []  # no Event rests on an answer that may lack pods
+
+
+def test_each_snapshot_tells_how_the_api_does_and_that_is_no_new_wish(subject: Subject) -> None:
+    first = subject.settle(pod("a", "350"))
+    assert (first.api_age_s, first.api_error) == (0.5, "")
+    subject.heard = Heard(80.12345, error="€" * 1000)
+    (next_,) = subject.step(after_s=HEARTBEAT_S)
+    assert (next_.revision, next_.api_age_s) == (first.revision, 80.123)
+    assert next_.api_error == "€" * 300
+    assert m.decode_request(m.encode(next_)) == next_
 
 
 def test_an_enforcer_that_hangs_before_the_first_list_is_not_up(subject: Subject) -> None:
@@ -161,7 +200,8 @@ def test_an_enforcer_that_hangs_before_the_first_list_is_not_up(subject: Subject
 
 def test_between_the_first_snapshot_and_its_report_the_report_is_missing(subject: Subject) -> None:
     subject.link.connect()
-    subject.step(PONG)
+    subject.step()
+    subject.step(subject.seen())
     subject.offer()
     (sent,) = subject.step()
     assert subject.missing() == ["enforcer: no report yet"]
@@ -281,17 +321,19 @@ def test_more_pods_than_fit_are_told_and_nothing_is_sent(subject: Subject) -> No
     first = subject.settle(pod("a", "350"))
     many = [pod(str(k)) for k in range(m.MAX_PODS)]
     subject.offer(pod("a", "350"), *many)
+    subject.step(after_s=HEARTBEAT_S)
     for _ in range(20):
-        assert subject.step(PONG, after_s=1.0) == []
+        assert subject.step(subject.seen(), after_s=1.0) == []
     assert subject.log.take() == ["snapshot_impossible"]
     (missing,) = subject.missing()
     assert f"{m.MAX_PODS + 1} pods" in missing
+    assert f"{m.MAX_PODS + 1} pods" in subject.link.unlisted[-1].why
     assert subject.publisher.link(subject.now).up
     for _ in range(8):  # it hangs
         assert subject.step(after_s=1.0) == []
     assert subject.missing() == [missing, "enforcer: no answer"]
     assert not subject.publisher.link(subject.now).up
-    subject.step(PONG)
+    subject.step(subject.seen())
     subject.log.take()
     subject.offer(pod("a", "350"))
     (sent,) = subject.step()
@@ -308,7 +350,7 @@ def test_more_bytes_than_fit_are_told(subject: Subject) -> None:
     subject.offer(*[pod(str(k), "界" * 64, name=name) for k in range(m.MAX_PODS)])
     assert subject.step() == []
     assert subject.log.take() == ["snapshot_impossible"]
-    assert str(m.MAX_MESSAGE_BYTES) in subject.missing()[0]
+    assert "bytes; at most" in subject.missing()[0]
 
 
 def test_as_many_pods_as_fit_are_sent(subject: Subject) -> None:
@@ -379,7 +421,7 @@ def test_a_refusal_is_told_once_and_turns_ready_red(subject: Subject, code: m.Er
     (missing,) = subject.missing()
     assert "because" in missing
     assert ("another watcher" in missing) == (code == "stale")
-    assert not subject.publisher.link(subject.now).current
+    assert subject.publisher.link(subject.now).report_age_s == 5
     subject.step(subject.report(first), after_s=1.0)
     assert subject.log.take() == ["enforcer_accepts"]
     assert subject.missing() == []
@@ -409,10 +451,12 @@ def test_missing_nvml_turns_ready_red_and_says_why(subject: Subject, nvml: m.Nvm
     assert subject.missing() == [f"nvml: {nvml}: no library"]
 
 
-def test_reports_older_than_a_few_seconds_are_not_shown_as_current(subject: Subject) -> None:
+def test_the_last_report_stays_with_its_age(subject: Subject) -> None:
     subject.settle()
-    assert subject.publisher.link(subject.now + SILENT_S).current
-    assert not subject.publisher.link(subject.now + SILENT_S + 0.1).current
+    for age_s in (0, 3600):
+        link = subject.publisher.link(subject.now + age_s)
+        assert link.report is not None
+        assert link.report_age_s == link.snapshot_age_s == age_s
 
 
 def test_a_refusal_is_over_when_nothing_is_sent_that_could_be_refused(
@@ -421,8 +465,8 @@ def test_a_refusal_is_over_when_nothing_is_sent_that_could_be_refused(
     subject.settle(pod("a", "300"))
     subject.step(m.Error(code="malformed", message="x"))
     subject.offer(*(pod(f"p{n}") for n in range(m.MAX_PODS + 1)))
-    subject.step()
-    subject.step(PONG, after_s=2.0)
+    subject.step(after_s=HEARTBEAT_S)
+    subject.step(subject.seen())
     assert [line for line in subject.missing() if "enforcer" in line] == []
 
 

@@ -21,7 +21,9 @@ from watcher.metadata import LIST_ACCEPT, WATCH_ACCEPT, Pod, PodReader
 from watcher.metrics import Counts
 from watcher.reflector import (
     DOUBT_S,
+    SILENT_S,
     STEADY_S,
+    Heard,
     Listing,
     Pace,
     Reflector,
@@ -582,19 +584,20 @@ TORN, EXPIRED_LATE = Verdict(FRUITFUL, "failed"), Verdict(STEADY, "expired")
 @pytest.mark.parametrize(
     ("ends", "waits"),
     [
-        ([FAILED] * 9, [0.25, 0.5, 1, 2, 4, 8, 16, 30, 30]),
-        ([FAILED] * 5 + [LASTED, FAILED], [0.25, 0.5, 1, 2, 4, 0, 0.25]),
-        ([FAILED] * 5 + [Verdict(SILENT, "closed"), FAILED], [0.25, 0.5, 1, 2, 4, 0, 0.25]),
+        # Five tries in the half minute that a server takes to restart.
+        ([FAILED] * 6, [0.25, 1, 4, 16, 30, 30]),
+        ([FAILED] * 3 + [LASTED, FAILED], [0.25, 1, 4, 0, 0.25]),
+        ([FAILED] * 3 + [Verdict(SILENT, "closed"), FAILED], [0.25, 1, 4, 0, 0.25]),
         # What lasted begins anew, also where it ends in a failure.
-        ([FAILED] * 3 + [Verdict(STEADY, "failed")] * 2, [0.25, 0.5, 1, 0.25, 0.25]),
+        ([FAILED] * 3 + [Verdict(STEADY, "failed")] * 2, [0.25, 1, 4, 0.25, 0.25]),
         # Only the first 410 in a row is free, also where an event comes before it.
-        ([EXPIRED, EXPIRED, EXPIRED, FAILED, EXPIRED], [0, 0.25, 0.5, 1, 0]),
-        ([Verdict(FRUITFUL, "expired")] * 6, [0, 0.25, 0.5, 1, 2, 4]),
+        ([EXPIRED, EXPIRED, EXPIRED, FAILED, EXPIRED], [0, 0.25, 1, 4, 0]),
+        ([Verdict(FRUITFUL, "expired")] * 6, [0, 0.25, 1, 4, 16, 30]),
         ([EXPIRED_LATE] * 3, [0, 0, 0]),
         # A short watch that brings something waits a second at most.
-        ([TORN] * 6, [0.25, 0.5, 1, 1, 1, 1]),
-        ([ENDED_SOON] * 6, [0, 0.25, 0.5, 1, 1, 1]),
-        ([FAILED] * 6 + [ENDED_SOON] * 2, [0.25, 0.5, 1, 2, 4, 8, 0, 1]),
+        ([TORN] * 6, [0.25, 1, 1, 1, 1, 1]),
+        ([ENDED_SOON] * 6, [0, 0.25, 1, 1, 1, 1]),
+        ([FAILED] * 4 + [ENDED_SOON] * 2, [0.25, 1, 4, 16, 0, 1]),
     ],
 )
 def test_each_end_has_its_wait(ends: list[Verdict], waits: list[float]) -> None:
@@ -622,6 +625,7 @@ class Watched:
         self.watches = list(watches)
         self.now_s = 1000.0
         self.asked_s: list[str] = []
+        self.timeouts_s: list[float] = []
 
     def get(
         self, _path: str, query: Mapping[str, str], *, accept: str, read_timeout_s: float
@@ -629,8 +633,9 @@ class Watched:
         assert accept
         if "watch" not in query:
             return ScriptedAnswer([pod_list(10)])
-        assert read_timeout_s > float(query["timeoutSeconds"])
+        assert read_timeout_s > min(69, float(query["timeoutSeconds"]))
         self.asked_s.append(query["timeoutSeconds"])
+        self.timeouts_s.append(read_timeout_s)
         lasts_s, pieces = self.watches.pop(0)
         return ScriptedAnswer(pieces, lambda: self._pass(lasts_s))
 
@@ -655,6 +660,41 @@ def test_the_first_watch_after_a_failure_is_short_and_its_end_says_that_all_is_w
     ]
     assert subject.log.of("kubernetes_answers") == [{"outage_s": 2.5}]
     assert subject.reflector.problem is None
+
+
+HUNG = ApiError("timed out", silent=True)
+
+
+def test_silence_is_noticed_after_a_minute_and_a_server_without_bookmarks_is_not_blamed() -> None:
+    """Its kernel goes on acknowledging, so only silence tells: a bookmark comes each minute."""
+    quiet = Watched((SILENT_S, [HUNG]), (SILENT_S, [HUNG]), (0.0, [ApiError("torn")]))
+    subject = Subject(quiet, Scope(NODE, None), lambda: quiet.now_s)
+    seen: list[Heard] = []
+    waits = Waits(3, lambda: seen.append(subject.reflector.heard()))
+    subject.reflector._stop = waits
+    subject.reflector.run()
+    assert [(heard.age_s, heard.error) for heard in seen] == [(70, ""), (70, ""), (0, "torn")]
+    assert dict(subject.counts.watch_restarts) == {"closed": 2, "expired": 0, "failed": 1}
+    assert quiet.timeouts_s == [SILENT_S] * 3
+
+
+def test_the_servers_last_word_is_the_newest_of_list_head_event_and_bookmark() -> None:
+    line = json.dumps({"type": "BOOKMARK", "object": meta("", "", 11)}).encode() + b"\n"
+    api = Watched((50.0, [line, ApiError("torn")]))
+    subject = Subject(api, Scope(NODE, None), lambda: api.now_s)
+    assert (subject.reflector.heard().age_s, subject.reflector.heard().silent_s) == (None, 0)
+    api.now_s += 5
+    assert subject.reflector.heard() == Heard(5, never=True)
+    state = subject.reflector.step(Listing())
+    ages = [subject.reflector.heard().age_s]
+    api.now_s += 3
+    for _ in range(2):
+        state = subject.reflector.step(state)
+        ages.append(subject.reflector.heard().age_s)
+    assert ages == [0, 0, 0]
+    with pytest.raises(ApiError):
+        subject.reflector.step(state)
+    assert subject.reflector.heard().age_s == 50
 
 
 # ---------------------------------------------------------------------- byte by byte
@@ -762,13 +802,14 @@ class EndlessApi:
 class Waits(threading.Event):
     """Stands in for the reflector's `_stop`: notes how long it would wait, and ends it at last."""
 
-    def __init__(self, most: int = 12) -> None:
+    def __init__(self, most: int = 12, on_wait: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.most, self.seconds = most, list[float]()
+        self.most, self.seconds, self.on_wait = most, list[float](), on_wait
 
     def wait(self, timeout: float | None = None) -> bool:
         assert timeout is not None
         self.seconds.append(timeout)
+        self.on_wait()
         if len(self.seconds) == self.most:
             self.set()
         return self.is_set()
@@ -784,11 +825,11 @@ def run_endless(api: EndlessApi) -> tuple[Subject, list[float]]:
 
 def grows(seconds: list[float]) -> bool:
     """Tell whether these are the waits after one failure, after two, and so on."""
-    return all(0.125 * 2**k <= s <= min(30, 0.25 * 2**k) or s >= 15 for k, s in enumerate(seconds))
+    return all(0.125 * 4**k <= s <= min(30, 0.25 * 4**k) or s >= 15 for k, s in enumerate(seconds))
 
 
 def grows_to_a_second(seconds: list[float]) -> bool:
-    return grows(seconds[:3]) and all(0.5 <= s <= 1 for s in seconds[2:])
+    return grows(seconds[:2]) and all(0.5 <= s <= 1 for s in seconds[1:])
 
 
 def error_event(code: int) -> bytes:
