@@ -5,6 +5,7 @@ It knows no GPU, no NVML and no process.
 
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -28,6 +29,9 @@ _RETIRED = 64
 # sessions do not flood the log.
 _SESSIONS_PER_S = 0.1
 _SESSIONS = 4.0
+# Refusals of one kind are told once a minute. Only uids that may connect send messages, so the
+# kinds are few.
+_TELL_S = 60.0
 
 
 @dataclass(slots=True)
@@ -41,6 +45,28 @@ class Tally:
     stale: int = 0
 
 
+class Told:
+    """What was told when: the same kind at most once a minute, with how often it came."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """Begin with nothing told."""
+        self._now = now
+        self._last: dict[tuple[str, int | None], tuple[float, int]] = {}
+
+    def lately(self, kind: str, uid: int | None) -> bool:
+        """Tell whether it was told within the last minute."""
+        told_s, _ = self._last.get((kind, uid), (-_TELL_S, 0))
+        return self._now() < told_s + _TELL_S
+
+    def count(self, kind: str, uid: int | None) -> int:
+        """Count one more; return how many are to be told now, 0 where it is too soon."""
+        now_s = self._now()
+        told_s, count = self._last.get((kind, uid), (-_TELL_S, 0))
+        due = now_s >= told_s + _TELL_S
+        self._last[kind, uid] = (now_s, 0) if due else (told_s, count + 1)
+        return count + 1 if due else 0
+
+
 class Desk:
     """Takes the requests of each turn; holds the last complete snapshot and who still waits."""
 
@@ -50,7 +76,7 @@ class Desk:
         self._log = log
         self._clock = clock
         self._lease_s = settings.lease_s
-        self._told = set[str]()
+        self._told = Told(self._clock.now_s)
         watcher = frozenset({settings.watcher_uid})
         readers = watcher | settings.reader_uids | {os.geteuid()}  # powerctl beside it, as a probe
         # Who may send which message; what is not here nobody may.
@@ -67,6 +93,7 @@ class Desk:
         self._retired: deque[str] = deque(maxlen=_RETIRED)
         self._desired = Desired("unheard")
         self.tally = Tally()
+        self._unsaid = 0  # connections that were refused and not told of
         self.snapshot: m.Snapshot | None = None
         # What the watcher said last of itself, and when.
         self._word: m.Snapshot | m.Unlisted | None = None
@@ -76,7 +103,7 @@ class Desk:
 
     def take(self, requests: list[Incoming]) -> None:
         """Take requests; each gets its answer, at once or when limits are read back."""
-        self.tally.refused_connections += self._server.take_refused()
+        self._count_refused()
         for incoming in requests:
             try:
                 request = m.decode_request(incoming.payload)
@@ -115,13 +142,35 @@ class Desk:
         code, uid, why = error.code, incoming.uid, str(error)
         kind = code if code in ("denied", "stale") else "malformed"
         setattr(self.tally, kind, getattr(self.tally, kind) + 1)
-        if f"{code} {uid}" not in self._told:  # each once: a flood is counted, not logged
-            self._told.add(f"{code} {uid}")
-            self._log.warning("message_denied", code=code, uid=uid, pid=incoming.pid, why=why)
         self._server.reply(incoming, m.Error(code=code, message=why))
-        self._server.publish(
-            m.MessageDenied(ts=self._clock.wall_s(), message=why, code=code, uid=uid)
-        )
+        count = self._told.count(code, uid)
+        if count:
+            pid = incoming.pid
+            self._log.warning("message_denied", code=code, uid=uid, pid=pid, count=count, why=why)
+            self._publish_denied(code, uid, why)
+
+    def _publish_denied(self, code: m.ErrorCode, uid: int | None, why: str) -> None:
+        ts = self._clock.wall_s()
+        self._server.publish(m.MessageDenied(ts=ts, message=why, code=code, uid=uid))
+
+    def _count_refused(self) -> None:
+        """Count the connections that were refused, and say whose they are once it is known."""
+        refused = self._server.take_refused()
+        self.tally.refused_connections += refused
+        self._unsaid += refused
+        whose = self._server.take_whose()
+        if not self._unsaid or (whose is None and self._server.is_looking):
+            return
+        uid, pid = whose or (None, None)
+        if uid is None and self._told.lately("stranger", None):
+            return  # most likely the same one again
+        if not self._told.count("somebody" if uid is None else "stranger", None):
+            return
+        count, self._unsaid = self._unsaid, 0
+        who = "whose they were is not known" if uid is None else f"uid {uid}"
+        why = f"connections refused: {count}; {who}; POWER_AGENT_READER_UIDS names who may connect"
+        self._log.warning("connections_refused", uid=uid, pid=pid, count=count, why=why)
+        self._publish_denied("denied", uid, why)
 
     def _take(self, new: m.Snapshot) -> None:
         last, now_s = self.snapshot, self._clock.now_s()

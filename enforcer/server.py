@@ -25,6 +25,7 @@ from pathlib import Path
 
 import zmq
 
+from enforcer.lookout import Lookout
 from shared import messages
 from shared.pace import Bucket
 from shared.sockets import TransportError, connection_event, control_path, events_path
@@ -207,6 +208,8 @@ class Server:
             self._resting.register(watched, zmq.POLLIN)
         self._poller.register(self._router.socket, zmq.POLLIN)
         self._refused: int = 0
+        self._whose: tuple[int, int] | None = None
+        self._lookout = Lookout(self._uids)
         now_s = time.monotonic()
         self._entries = {uid: Bucket.full(_ENTRIES_PER_S, _ENTRIES, now_s) for uid in self._uids}
         self._credit = Bucket.full(1.0, _CREDIT_S, now_s)
@@ -239,6 +242,16 @@ class Server:
         refused, self._refused = self._refused, 0
         return refused
 
+    def take_whose(self) -> tuple[int, int] | None:
+        """Return the uid and pid of one whose connection was refused, once, where it was seen."""
+        whose, self._whose = self._whose, None
+        return whose
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether it is just being found out whose connections are refused."""
+        return self._lookout.is_looking
+
     def receive(self, timeout_s: float) -> list[Incoming]:
         """Wait at most `timeout_s` and return the requests that came, at most a turn's worth.
 
@@ -250,20 +263,47 @@ class Server:
         rests = self._credit.credit <= 0
         if rests:
             timeout_s = min(timeout_s, self._credit.short_s(_REST_S))
+        if self._lookout.is_looking:
+            timeout_s = min(timeout_s, self._lookout.left_s(now_s))
         poller = self._resting if rests else self._poller
         ready = dict(poller.poll(max(0, round(timeout_s * 1000 + 0.499))))
         if self._zap in ready:
             self._answer_zaps()
         for endpoint in (self._router, self._events):
             if endpoint.monitor in ready:
-                self._refused += endpoint.note()
+                self._note(endpoint)
+        self._look()
         self._refused += self._events.note_topics()
         return self._take() if self._router.socket in ready else []
+
+    def _note(self, endpoint: _Endpoint) -> None:
+        """Count who was refused, and find out who that is."""
+        refused = endpoint.note()
+        self._refused += refused
+        if refused and endpoint.closed_until is None and not self._lookout.is_looking:
+            self._lookout.begin(endpoint.path, time.monotonic())
+            if (fd := self._lookout.fd) is not None:
+                self.watch(fd)
+
+    def _look(self) -> None:
+        fd = self._lookout.fd
+        self._lookout.look(time.monotonic())
+        self._stop_watching(fd)
+        self._whose = self._lookout.take() or self._whose
+
+    def _stop_watching(self, fd: int | None) -> None:
+        """Forget the lookout's descriptor where it was closed."""
+        if fd is not None and not self._lookout.is_looking:
+            self._poller.unregister(fd)
+            self._resting.unregister(fd)
 
     def _listen_again(self, now_s: float, timeout_s: float) -> float:
         """Listen again where that is due; return `timeout_s`, or less where it is due before."""
         for endpoint in (self._router, self._events):
             if endpoint.closed_until is not None and now_s >= endpoint.closed_until:
+                fd = self._lookout.fd
+                self._lookout.end()  # else it would take the new socket's place later
+                self._stop_watching(fd)
                 self._refused += endpoint.listen()
             if endpoint.closed_until is not None:
                 timeout_s = min(timeout_s, endpoint.closed_until - now_s)
@@ -318,10 +358,12 @@ class Server:
         request = self._zap.recv_multipart(zmq.NOBLOCK)
         version, sequence = request[0], request[1] if len(request) > 1 else b""
         address = request[3].decode("ascii", "replace") if len(request) > 3 else ""
-        uid, code = _credentials(address)[0], b"400"
+        (uid, pid), code = _credentials(address), b"400"
         if version == b"1.0" and uid in self._entries:
             code = b"200" if self._enters(uid) else b"300"  # "try later", in RFC 27
-        self._refused += code != b"200"
+        if code != b"200":
+            self._refused += 1
+            self._whose = None if uid is None else (uid, pid)
         self._zap.send_multipart([b"1.0", sequence, code, b"", b"", b""])
 
     def _enters(self, uid: int) -> bool:
@@ -348,6 +390,7 @@ class Server:
 
     def close(self) -> None:
         """Stop listening and remove the sockets' names."""
+        self._lookout.end()
         self._context.destroy(linger=200)
         for endpoint in (self._router, self._events):
             endpoint.path.unlink(missing_ok=True)

@@ -289,7 +289,10 @@ def _enforcer_counters(report: messages.Report) -> Iterator[Metric]:
             for error, count in gpu.write_failures.items()
         ],
     )
-    counters = report.counters
+    yield from _refusals(report.counters)
+
+
+def _refusals(counters: messages.Counters) -> Iterator[Metric]:
     yield _filled(
         CounterMetricFamily(
             "power_agent_denied_messages_total", "Messages refused.", labels=("reason",)

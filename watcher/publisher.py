@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -101,6 +102,19 @@ class _Change(NamedTuple):
     uid: str
 
 
+@dataclass(slots=True)
+class _Reports:
+    """The enforcer's answers: the last report, and whether and when a snapshot was last taken.
+
+    Both times begin with the start.
+    """
+
+    last_at: float
+    taken_at: float
+    last: messages.Report | None = None
+    has_taken: bool = False
+
+
 class Publisher:
     """Owns the link to the enforcer; one thread runs it, others only look at it."""
 
@@ -115,10 +129,7 @@ class Publisher:
         heard: Callable[[], Heard],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; nothing is sent before `run`.
-
-        `on_report` gets what was asked for too. `heard` tells how the API server does.
-        """
+        """Prepare; nothing is sent before `run`. `on_report` gets what was asked for too."""
         self._client = client
         self._mailbox = mailbox
         self._scope = scope
@@ -126,26 +137,23 @@ class Publisher:
         self._log = log
         self._on_report = on_report
         self._api = heard
-        self._clock = clock
+        self._clock, now = clock, clock()
         self._session = secrets.token_hex(16)
         self._content = snapshot.EMPTY
         self._leads = Leads(counts.lead.observe)
         self._snapshot: messages.Snapshot | None = None
         self._revision = self._connections = 0
-        self._due_at = self._clock()
+        self._due_at = now
         self._retry = _RETRY
         # Oldest first. The newest count, so a full one forgets its oldest; a whole node fits in.
         self._pending: deque[_Change] = deque(maxlen=messages.MAX_PODS)
-        self._accepted_at = self._clock()  # when a snapshot was last answered with a report
-        self._reported_at = self._accepted_at  # when anything was
-        self._report: messages.Report | None = None
-        self._taken = False  # whether a snapshot was answered with a report
+        self._reports = _Reports(now, now)
         self._heard = False
         self._owed_since: float | None = None  # when the oldest request without an answer was due
         self._silence = ""  # why there is no answer, as it was found when it began
         self.too_much: str | None = None
         self._refusal: tuple[str, str] | None = None  # its code, and what it says
-        self.turned_at = self._clock()
+        self.turned_at = now
 
     def run(self, stop: threading.Event) -> None:
         """Publish until `stop` is set (and the mailbox's bell rung)."""
@@ -254,12 +262,10 @@ class Publisher:
         self._owed_since = None
         match reply:
             case messages.Report() if reply.session == self._session:
-                self._reported_at = now
-                self._report = reply
+                self._reports.last, self._reports.last_at = reply, now
                 self._accepted()
                 if reply.revision:  # else it answers an `unlisted`, and pods may be missing
-                    self._taken = True
-                    self._accepted_at = now
+                    self._reports.has_taken, self._reports.taken_at = True, now
                     self._measure(reply, now)
                     self._leads.told(reply.pods)
                     self._on_report(reply, self._content.pods)
@@ -330,9 +336,9 @@ class Publisher:
         up = self._heard and self._client.connected and not self._silence
         return Link(
             up=up,
-            snapshot_age_s=now - self._accepted_at,
-            report=self._report,
-            report_age_s=now - self._reported_at,
+            snapshot_age_s=now - self._reports.taken_at,
+            report=self._reports.last,
+            report_age_s=now - self._reports.last_at,
         )
 
     def missing(self, now: float) -> list[str]:
@@ -343,7 +349,7 @@ class Publisher:
             missing.append(f"enforcer: {self._refusal[1]}")
         elif not link.up:
             missing.append(f"enforcer: {self._silence or _NO_ANSWER}")
-        elif self._snapshot is not None and not self._taken:
+        elif self._snapshot is not None and not self._reports.has_taken:
             missing.append("enforcer: no report yet")
         elif link.report is not None:
             missing += _unfit(link.report)

@@ -60,6 +60,11 @@ class HandServer:
     def take_refused(self) -> int:
         return 0
 
+    def take_whose(self) -> tuple[int, int] | None:
+        return None
+
+    is_looking = False
+
     def reply(self, _incoming: Incoming, message: m.Reply) -> None:
         # As the wire has it: what cannot be encoded must not go unseen.
         self.replies.append(m.decode_reply(m.encode(message)))

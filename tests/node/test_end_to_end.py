@@ -497,6 +497,16 @@ NAMES = {
     "power_agent_snapshot_age_seconds": "gauge",
     "power_agent_denied_messages_total": "counter",
     "power_agent_build_info": "gauge",
+    "power_agent_gpu_target_limit_watts": "gauge",
+    "power_agent_gpu_state": "gauge",
+    "power_agent_gpu_info": "gauge",
+    "power_agent_node_most_watts": "gauge",
+    "power_agent_nvml_state": "gauge",
+    "power_agent_dry_run": "gauge",
+    "power_agent_start_time_seconds": "gauge",
+    "power_agent_refused_connections_total": "counter",
+    "power_agent_report_age_seconds": "gauge",
+    "power_agent_api_age_seconds": "gauge",
 }
 
 
@@ -518,6 +528,31 @@ def test_metrics_are_prometheus_text_with_all_names(node: SimNode) -> None:
     effective = found["power_agent_pod_effective_limit_watts"]
     assert effective.one(namespace="default", pod="trainer", **gpu) == 300
     assert found["power_agent_gpu_managed"].one(**gpu) == 1
+    board = dict(next(iter(found["power_agent_gpu_info"].samples))[1])
+    assert re.fullmatch("[0-9A-F]{8}:[0-9A-F]{2}:[0-9A-F]{2}[.][0-7]", board["pci_bus_id"])
+
+
+def test_a_node_whose_api_is_down_at_its_start_shows_what_its_gpus_hold(node: SimNode) -> None:
+    """Whoever sums watts must never read "no load" from a node that holds load."""
+    pod = node.add_pod("trainer", limit=350, gpus=[0])
+    node.wait_for_state(pod, "enforced")
+    gpu = {"gpu": "0", "UUID": node.gpus[0].uuid}
+
+    def held() -> bool:
+        limits = metrics(node).get("power_agent_gpu_limit_watts")
+        return limits is not None and limits.one(**gpu) == 350
+
+    with node.api_outage():
+        node.kill_enforcer()
+        node.kill_watcher()
+        node.start_enforcer()
+        node.start_watcher()
+        node.wait_for(held, "the limit that holds")
+        watcher = node.status().watcher
+        assert watcher.unlisted.startswith("the API server gave no list of pods yet")
+        assert (watcher.connected, watcher.api_age_s) == (False, None)
+        most = metrics(node)["power_agent_node_most_watts"].one()
+        assert most == 350 + 700 * (len(node.gpus) - 1)
 
 
 def test_the_latency_counts_limits_that_were_written_at_once_and_nothing_else(

@@ -105,6 +105,22 @@ def test_i8_another_uid_gets_nothing_and_is_counted() -> None:
 
 
 @pytest.mark.root
+def test_whose_connections_are_refused_is_said_once_a_minute() -> None:
+    """libzmq closes them before it can be asked, and tries again ten times a second."""
+    with divided() as node:
+        node.start()
+        for _ in range(3):
+            ask_as(node, NOBODY, "status")
+        until(lambda: node.logs("connections_refused"), "the log line")
+        (line,) = node.logs("connections_refused")
+        assert (line["uid"], line["level"]) == (NOBODY, "warning")
+        assert node.status().counters.refused_connections > line["count"]
+        sockets = {path.name for path in node.run_dir.iterdir() if path.is_socket()}
+        assert sockets == {"control.sock", "events.sock"}
+        assert ask_as(node, READER, "ping") == ("Pong", None)
+
+
+@pytest.mark.root
 def test_the_sockets_lie_where_only_root_may_write() -> None:
     with divided() as node:
         node.run_dir.mkdir()
