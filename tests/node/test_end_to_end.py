@@ -25,7 +25,7 @@ from shared.powerctl.ask import UnreachableError
 from shared.powerctl.explain import explain
 from tests.node.conftest import MakeNode
 from tests.simnode.clock import WallClock
-from tests.simnode.exposition import Family, read
+from tests.simnode.exposition import Family, read, value
 from tests.simnode.kubeapi import KubeApi
 from tests.simnode.node import ANNOTATION, CONFIG_HASH, SimNode
 from tests.simnode.programs import children_of, descriptors_of
@@ -539,8 +539,8 @@ def test_a_node_whose_api_is_down_at_its_start_shows_what_its_gpus_hold(node: Si
     gpu = {"gpu": "0", "UUID": node.gpus[0].uuid}
 
     def held() -> bool:
-        limits = metrics(node).get("power_agent_gpu_limit_watts")
-        return limits is not None and limits.one(**gpu) == 350
+        status, text = node.page("/metrics")
+        return status == 200 and value(text, "power_agent_gpu_limit_watts", **gpu) == 350
 
     with node.api_outage():
         node.kill_enforcer()

@@ -649,7 +649,7 @@ def test_silence_ends_with_the_read_timeout(tmp_path: Path) -> None:
     with (
         Script(b"", stay=True) as server,
         opened(plain(tmp_path, server.port)) as api,
-        pytest.raises(ApiError, match="the API server is silent: .*timed out") as caught,
+        pytest.raises(ApiError, match=r"the API server is silent: .*timed out") as caught,
     ):
         api.get("/x", {}, accept="*/*", read_timeout_s=0.2)
     assert caught.value.silent
