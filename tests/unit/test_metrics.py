@@ -343,7 +343,7 @@ def test_a_lead_may_be_negative_and_then_there_is_no_sum() -> None:
     for lead_s in (-40.0, -0.2, 0.3, 0.4, 100.0):
         counts.lead.observe(lead_s)
     name = "power_agent_limit_lead_seconds"
-    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, current=False)))
+    found = read(shown(counts, Link(up=True, snapshot_age_s=0, report=None, report_age_s=0)))
     samples = found[name].samples
     assert (f"{name}_sum", ()) not in samples
     buckets = {
