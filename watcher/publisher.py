@@ -130,8 +130,7 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is sent before `run`. `on_report` gets what was asked for too."""
-        self._client = client
-        self._mailbox = mailbox
+        self._client, self._mailbox = client, mailbox
         self._scope = scope
         self._counts, self._log = counts, log
         self._on_report = on_report

@@ -287,13 +287,14 @@ records = {
     "pods": st.lists(built(messages.Pod), max_size=3),
     "counters": built(messages.Counters),
 }
+enforcer = built(messages.EnforcerStatus)
 replies = st.one_of(
     built(messages.Error),
     built(messages.Pong),
-    built(messages.Report, **records),
+    built(messages.Report, enforcer=st.none() | enforcer, **records),
     built(
         StatusReply,
-        enforcer=built(messages.EnforcerStatus),
+        enforcer=enforcer,
         watcher=built(messages.WatcherStatus),
         **records,
     ),
