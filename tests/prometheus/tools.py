@@ -52,20 +52,34 @@ def obtain() -> Path:
 
 def _unpack(into: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".download-", dir=into) as scratch:
-        command = ["apt-get", "-qq", "download", "prometheus"]
+        try:
+            _apt_get("download", "prometheus", folder=scratch)
+        except ToolsError:
+            if os.geteuid():
+                raise
+            # A bare machine has no lists of packages yet.
+            _apt_get("update", folder=scratch)
+            _apt_get("download", "prometheus", folder=scratch)
+        (package,) = Path(scratch).glob("*.deb")
+        subprocess.run(["dpkg-deb", "--extract", package, into], check=True)
+    return into / "usr/bin"
+
+
+def _apt_get(*words: str, folder: str) -> None:
+    command = ["apt-get", "-qq", *words]
+    try:
         done = subprocess.run(
             command,
-            cwd=scratch,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=_DOWNLOAD_TIMEOUT_S,
             check=False,
         )
-        if done.returncode:
-            raise ToolsError(f"{' '.join(command)}: {done.stderr.strip()}")
-        (package,) = Path(scratch).glob("*.deb")
-        subprocess.run(["dpkg-deb", "--extract", package, into], check=True)
-    return into / "usr/bin"
+    except subprocess.TimeoutExpired as error:
+        raise ToolsError(str(error)) from error
+    if done.returncode:
+        raise ToolsError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 def main() -> int:
