@@ -21,7 +21,7 @@ from tests.waiting import HANG_S, until
 SCRAPE_S = 0.5
 # So much shorter is each `for` and each range, and so much lower each bound on an age in seconds:
 # the programs' own heartbeats, every two seconds, stay as they are.
-SHORTER, YOUNGER = 60, 12
+SHORTER, YOUNGER = 60, 15
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
