@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm image image-check sbom cluster-test vm-test hardware-check \
+.PHONY: help setup run lint test bench chaos fuzz soak kube-assets helm prometheus image image-check sbom cluster-test vm-test hardware-check \
     hardware-test lock clean
 
 VENV := .venv
@@ -114,6 +114,9 @@ kube-assets: setup ## build etcd and kube-apiserver (Go needed, minutes once), p
 
 helm: setup ## build helm, with which the chart is tested (Go needed, minutes once), print its path
 	@$(PY) -m tests.kube.helm_assets $(ARGS)
+
+prometheus: setup ## unpack Debian's Prometheus, with which the alerts are tested, print its folder
+	@$(PY) -m tests.prometheus.tools
 
 # Without a container engine, as root: buildah on a base made from Debian's packages (both are
 # installed where they are missing). Everywhere else: docker build -t dynamo/power-agent:v1.0.0 .

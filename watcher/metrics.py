@@ -203,12 +203,12 @@ def _gpu_labels(gpus: list[messages.Gpu]) -> Iterator[Metric]:
         ),
         [((*_gpu(gpu), gpu.state), 1) for gpu in gpus],
     )
-    # The names of the last two are dcgm-exporter's.
+    # dcgm-exporter's name; not its `modelName`, to which promtool objects.
     yield _filled(
         GaugeMetricFamily(
             "power_agent_gpu_info",
             "What each GPU is.",
-            labels=(*_GPU, "pci_bus_id", "modelName"),
+            labels=(*_GPU, "pci_bus_id", "model"),
         ),
         [((*_gpu(gpu), gpu.pci or "", gpu.name or ""), 1) for gpu in gpus],
     )

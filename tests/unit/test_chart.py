@@ -103,6 +103,23 @@ def test_the_charts_copies_are_the_plain_files() -> None:
     ).read_bytes()
 
 
+def test_alerts_and_dashboard_link_to_where_the_runbooks_are() -> None:
+    where = "https://wiki.example/power.md"
+    rules = {"enabled": True, "runbookUrl": where}
+    made = named(render({"monitoring": MONITORING | {"prometheusRule": rules}}))
+    (group,) = made["PrometheusRule", "power-agent"]["spec"]["groups"]
+    for rule in group["rules"]:
+        if "alert" in rule:
+            link = rule["annotations"]["runbook_url"]
+            assert link == f"{where}#{rule['alert'].lower()}"
+    board = json.loads(made["ConfigMap", "power-agent-dashboard"]["data"]["power-agent.json"])
+    links = [link["url"] for part in (board, *board["panels"]) for link in part.get("links", ())]
+    assert {link.partition("#")[0] for link in links} == {where}
+    for wrong in ("", "a b", 'a"b', "a\\b", "a#b"):
+        bad = {"prometheusRule": {"enabled": True, "runbookUrl": wrong}}
+        assert "runbookUrl" in refusal({"monitoring": bad}), wrong
+
+
 def test_versions_are_the_products() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -737,7 +754,8 @@ def test_single_alerts_can_be_left_out() -> None:
     def alerts(disabled: list[str]) -> list[str]:
         values = {"prometheusRule": {"enabled": True, "disabled": disabled}}
         rule = named(render({"monitoring": values}))["PrometheusRule", "power-agent"]
-        return [each["alert"] for group in rule["spec"]["groups"] for each in group["rules"]]
+        rules = [each for group in rule["spec"]["groups"] for each in group["rules"]]
+        return [each["alert"] for each in rules if "alert" in each]
 
     every = alerts([])
     off = [every[0], every[-1]]

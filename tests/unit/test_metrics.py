@@ -52,7 +52,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "power_agent_build_info": ("gauge", {"version"}),
     "power_agent_gpu_target_limit_watts": ("gauge", {"gpu", "UUID"}),
     "power_agent_gpu_state": ("gauge", {"gpu", "UUID", "state"}),
-    "power_agent_gpu_info": ("gauge", {"gpu", "UUID", "pci_bus_id", "modelName"}),
+    "power_agent_gpu_info": ("gauge", {"gpu", "UUID", "pci_bus_id", "model"}),
     "power_agent_node_most_watts": ("gauge", set()),
     "power_agent_nvml_state": ("gauge", {"state"}),
     "power_agent_dry_run": ("gauge", set()),
@@ -282,7 +282,7 @@ def test_a_gpu_has_one_state_and_a_limit_that_was_refused_is_not_managed(state: 
     assert len(found["power_agent_gpu_state"].samples) == 1
     assert found["power_agent_gpu_state"].one(**of, state=state) == 1
     assert found["power_agent_gpu_managed"].one(**of) == (state != "failed")
-    what = {"pci_bus_id": "00000000:3B:00.0", "modelName": "H100"}
+    what = {"pci_bus_id": "00000000:3B:00.0", "model": "H100"}
     assert found["power_agent_gpu_info"].one(**of, **what) == 1
 
 

@@ -1,0 +1,1 @@
+"""Alerts and dashboard, as Prometheus itself understands them."""
