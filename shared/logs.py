@@ -32,24 +32,29 @@ class Log:
         # None where it was closed at the start: its number may belong to another file then.
         self._output = Output(sys.stdout.fileno() if sys.stdout else None)
         self._lock = threading.Lock()  # the watcher's threads share one log
+        self._marks: dict[str, object] = {}
         self.dropped = 0  # lines that nobody will ever see
         self._unsaid = 0  # those of them that no line has reported yet
 
+    def mark(self, **values: object) -> None:
+        """Put these values into every line from now on."""
+        self._marks = self._marks | values
+
     def debug(self, event: str, **values: object) -> None:
         """Log a detail that only a search for a fault needs."""
-        self._write("debug", event, values)
+        self._write("debug", event, values | self._marks)
 
     def info(self, event: str, **values: object) -> None:
         """Log a change."""
-        self._write("info", event, values)
+        self._write("info", event, values | self._marks)
 
     def warning(self, event: str, **values: object) -> None:
         """Log something that is not as it should be but is being dealt with."""
-        self._write("warning", event, values)
+        self._write("warning", event, values | self._marks)
 
     def error(self, event: str, **values: object) -> None:
         """Log something that needs a person."""
-        self._write("error", event, values)
+        self._write("error", event, values | self._marks)
 
     def _write(self, level: Level, event: str, values: dict[str, object]) -> None:
         if _RANK[level] < self._least:

@@ -32,6 +32,11 @@ ErrorCode = Literal[
 ]
 
 
+def pod_text(namespace: str | None, name: str, uid: str) -> str:
+    """Return how a log line calls a pod: by all that a person may search for."""
+    return f"{namespace}/{name} ({uid})"
+
+
 class _Message(Struct, frozen=True, kw_only=True, tag_field="type"):
     v: Literal[1] = VERSION
 
@@ -246,15 +251,30 @@ class _Event(_Message, frozen=True, kw_only=True):
     message: str
 
 
+class PodName(Struct, frozen=True, kw_only=True):
+    """enforcer -> listeners: how a pod is called, null where the enforcer never heard it."""
+
+    uid: str
+    namespace: str | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        """Return `namespace/name (uid)`, or the uid alone."""
+        return pod_text(self.namespace, self.name, self.uid) if self.name else self.uid
+
+
 class GpuEvent(_Event, frozen=True, kw_only=True):
-    """What every event about one GPU carries."""
+    """What every event about one GPU carries; `index` of one that is lost is its last."""
 
     index: int | None
     uuid: str
+    pci: str | None = None
     pods: list[str]
+    pod_names: list[PodName] = []
     from_mw: int | None
     to_mw: int | None
     reason: str
+    dry_run: bool = False
 
 
 class LimitSet(GpuEvent, frozen=True, kw_only=True, tag="limit_set"):

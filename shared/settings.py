@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from shared import __version__
+from shared import __version__, unknown
 
 DEFAULT_RUN_DIR = "/run/power-agent"
 # sun_path of sockaddr_un holds 108 bytes with its final zero (unix(7)).
@@ -137,6 +137,7 @@ def _variables(kind: type[CommonSettings]) -> dict[str, _Variable]:
 
 def parse_settings(kind: type[S], environment: Mapping[str, str]) -> S:
     """Return the settings in `environment`; raises SettingsError naming the first wrong one."""
+    _refuse_misspelt(kind, environment)
     values: dict[str, Any] = {}
     for key, variable in _variables(kind).items():
         # An empty value is what templates write for "not set".
@@ -152,6 +153,41 @@ def parse_settings(kind: type[S], environment: Mapping[str, str]) -> S:
     settings = kind(**values)
     settings.check()
     return settings
+
+
+def _names(kind: type[CommonSettings]) -> frozenset[str]:
+    return frozenset(variable.name for variable in _variables(kind).values())
+
+
+def _refuse_misspelt(kind: type[CommonSettings], environment: Mapping[str, str]) -> None:
+    """Raise SettingsError for a variable whose name is nearly that of one of this program's."""
+    for name in unknown.unread(environment):
+        if right := unknown.meant(name, _names(kind)):
+            raise SettingsError(f"{name} is no setting: did you mean {right}? correct or unset it")
+
+
+def unread_variables(kind: type[CommonSettings], environment: Mapping[str, str]) -> list[str]:
+    """Return a sentence on each variable that looks like a setting and that nobody reads."""
+    found = []
+    for name in unknown.unread(environment):
+        near = unknown.meant(name, unknown.EVERY) or unknown.alike(name, _names(kind))
+        hint = f"; did you mean {near}?" if near else ""
+        found.append(f"{name} is no setting of version {__version__} and has no effect{hint}")
+    return found
+
+
+def unread_here(kind: type[CommonSettings]) -> list[str]:
+    """Return the same of this process's environment."""
+    return unread_variables(kind, os.environ)
+
+
+def effective(kind: type[CommonSettings]) -> dict[str, str | None]:
+    """Return the settings of this process as texts by variable, None where there is none."""
+    return {
+        variable.name: os.environ.get(variable.name) or variable.default
+        for variable in _variables(kind).values()
+        if variable.name.startswith(unknown.PREFIX)
+    }
 
 
 def _help(kind: type[CommonSettings]) -> str:

@@ -40,6 +40,13 @@ def meant_mw(text: str) -> int | None:
     return int(match.group(1)) if match and 0 < int(match.group(1)) <= MAX_MW else None
 
 
+def watts(limit_mw: int | None) -> int | float | None:
+    """Return milliwatts as a number of watts for a log line, a whole one where it is whole."""
+    if limit_mw is None or limit_mw % MILLIWATTS_PER_WATT == 0:
+        return limit_mw and limit_mw // MILLIWATTS_PER_WATT
+    return limit_mw / MILLIWATTS_PER_WATT
+
+
 def same_limit(one_mw: int, other_mw: int) -> bool:
     """Tell whether two limits are the same to hardware that may keep whole watts only."""
     return abs(one_mw - other_mw) < MILLIWATTS_PER_WATT

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from enforcer.settings import LEAST_LEASE_S, EnforcerSettings, SafeDefault
-from shared.settings import CommonSettings, SettingsError, parse_settings, run_dir_from_environment
+from shared import unknown
+from shared.settings import (
+    CommonSettings,
+    SettingsError,
+    parse_settings,
+    run_dir_from_environment,
+    unread_variables,
+)
 from tests.waiting import HANG_S
 from watcher.publisher import HEARTBEAT_S
 from watcher.settings import Address, WatcherSettings
@@ -439,3 +446,92 @@ def test_a_lease_outlives_two_lost_heartbeats_and_the_refusal_says_why() -> None
     assert LEAST_LEASE_S == 3 * HEARTBEAT_S
     with pytest.raises(SettingsError, match="shorter than three of the watcher's heartbeats"):
         parse_settings(EnforcerSettings, {"POWER_AGENT_LEASE": "release:5"})
+
+
+# ---- variables that nobody reads ----
+
+MISSPELT = {
+    "MINWATTS": "MIN_WATTS",
+    "MIN_WATT": "MIN_WATTS",
+    "MIM_WATTS": "MIN_WATTS",
+    "MAXIMUM_WATTS": "MAX_WATTS",
+    "WATTS_MAX": "MAX_WATTS",
+    "DRYRUN": "DRY_RUN",
+    "DRY_RNU": "DRY_RUN",
+    "ON_EXTI": "ON_EXIT",
+    "RECONCILE_SECS": "RECONCILE_SECONDS",
+    "SAFE_DEFAUTL": "SAFE_DEFAULT",
+    "LOGLEVEL": "LOG_LEVEL",
+    "READER_UID": "READER_UIDS",
+}
+
+
+@pytest.mark.parametrize("wrong", MISSPELT)
+def test_a_misspelt_variable_is_refused_with_the_right_name(wrong: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        parse_settings(EnforcerSettings, {f"POWER_AGENT_{wrong}": "200"})
+    text = f"POWER_AGENT_{wrong} is no setting: did you mean POWER_AGENT_{MISSPELT[wrong]}?"
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["POWERAGENT_MIN_WATTS", "power_agent_min_watts"])
+def test_a_misspelt_prefix_is_refused_too(name: str) -> None:
+    with pytest.raises(SettingsError, match="did you mean POWER_AGENT_MIN_WATTS"):
+        parse_settings(EnforcerSettings, {name: "200"})
+
+
+def test_a_name_that_has_no_prefix_is_refused_with_one() -> None:
+    wrong = NODE | {"POWER_AGENT_WATCH_NAMESPACE": "team-a"}
+    with pytest.raises(SettingsError, match="did you mean WATCH_NAMESPACE"):
+        parse_settings(WatcherSettings, wrong)
+
+
+# Of versions to come, or that have been: an upgrade and a rollback must start.
+OTHER_VERSIONS = """POD_LABELS READY NFD_DIR UPSTREAM_STATE METRIC_ALIASES PAUSE WATCHER_GID
+    READER_GIDS LEASE_SECONDS RELEASE SCAN_INTERVAL LOG_FILE MIN_POWER SAFE_DEFAULT_WATTS
+    METRICS_PORT KUBELET_SOCKET RUN_AS""".split()
+# The kubelet's, for Services called power-agent, power-agent-metrics and the like.
+SERVICE_LINKS = {
+    "POWER_AGENT_SERVICE_HOST": "10.0.0.1",
+    "POWER_AGENT_SERVICE_PORT": "9100",
+    "POWER_AGENT_SERVICE_PORT_METRICS": "9100",
+    "POWER_AGENT_PORT": "tcp://10.0.0.1:9100",
+    "POWER_AGENT_PORT_9100_TCP": "tcp://10.0.0.1:9100",
+    "POWER_AGENT_PORT_9100_TCP_PROTO": "tcp",
+    "POWER_AGENT_PORT_9100_TCP_PORT": "9100",
+    "POWER_AGENT_PORT_9100_TCP_ADDR": "10.0.0.1",
+    "POWER_AGENT_METRICS_SERVICE_HOST": "10.0.0.1",
+    "POWER_AGENT_METRICS_PORT": "tcp://10.0.0.1:9100",
+    "POWER_AGENT_METRICS_PORT_53_UDP_ADDR": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VERSIONS)
+def test_a_variable_of_another_version_is_a_warning(name: str) -> None:
+    for kind in (EnforcerSettings, WatcherSettings):
+        environment = NODE | {f"POWER_AGENT_{name}": "1"}
+        assert parse_settings(kind, environment) == parse_settings(kind, NODE)
+        (warning,) = unread_variables(kind, environment)
+        assert warning.startswith(f"POWER_AGENT_{name} is no setting of version ")
+
+
+def test_a_misspelt_variable_of_the_other_program_is_a_warning_that_names_it() -> None:
+    environment = NODE | {"POWER_AGENT_MINWATTS": "200"}
+    parse_settings(WatcherSettings, environment)
+    (warning,) = unread_variables(WatcherSettings, environment)
+    assert warning.endswith("; did you mean POWER_AGENT_MIN_WATTS?")
+
+
+@pytest.mark.parametrize("kind", [EnforcerSettings, WatcherSettings])
+def test_what_kubernetes_sets_and_what_is_empty_is_nothing(kind: type[CommonSettings]) -> None:
+    environment = NODE | SERVICE_LINKS | {"POWER_AGENT_MINWATTS": "", "HOME": "/"}
+    assert parse_settings(kind, environment) == parse_settings(kind, NODE)
+    assert unread_variables(kind, environment) == []
+
+
+def test_every_setting_is_known_to_both_programs() -> None:
+    """shared/unknown.py has their names: neither program may import the other's settings."""
+    named = {name for name in ENFORCER | WATCHER if name.startswith(unknown.PREFIX)}
+    assert named == unknown.EVERY
+    both = dict.fromkeys(named, "")
+    assert unread_variables(EnforcerSettings, both | {"POWER_AGENT_EVENTS": "true"}) == []
