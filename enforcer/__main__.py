@@ -53,7 +53,17 @@ def main() -> int:
         source = Joined(source, kubelet)
     world = World(server, nvml, source, Bus(config.sysfs_root), SystemClock(), kubelet)
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
-    log.info("started", version=__version__, owned=len(ledger.entries), cgroup_roots=roots)
+    log.info("starting", version=__version__)  # to open NVML may take half a minute
+    for line in settings.unread_here(EnforcerSettings):
+        log.warning("setting_unknown", why=line)
+    log.info(
+        "started",
+        version=__version__,
+        gpus=agent.begin(),
+        owned=len(ledger.entries),
+        cgroup_roots=roots,
+        settings=settings.effective(EnforcerSettings),
+    )
     gc.freeze()  # what is here stays: collections in the loop need not walk it
     while not (stop.requested or agent.hopeless):
         agent.turn()

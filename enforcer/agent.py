@@ -22,8 +22,9 @@ from enforcer.device import Device, DeviceError
 from enforcer.driver import Open, Refused, Shut, Step
 from enforcer.fleet import Bus, Fleet
 from enforcer.gpu import WRITE_GAP_S, Gpu, NotEntered, Outcome, Present
-from enforcer.ledger import Ledger, LedgerError
+from enforcer.ledger import Ledger, LedgerError, Notes
 from enforcer.policy import UNDECIDED, Decision, Desired, Link, Owned, plan
+from enforcer.roster import Roster
 from enforcer.server import Incoming, Server
 from enforcer.settings import EnforcerSettings
 from enforcer.sources import Assignments, Source, Tenants
@@ -73,8 +74,14 @@ class Agent:
         self._orders = Orders()
         self._me = me
         self._desk = Desk(world.server, config, log, world.clock)
-        self._announcer = Announcer(log, world.server, world.clock)
-        self._fleet = Fleet(ledger.beside, world.device, world.source, world.bus, world.clock)
+        if config.dry_run:
+            log.mark(dry_run=True)
+        self._roster = Roster(ledger.notes.names if ledger.notes else {})
+        self._announcer = Announcer(
+            log, world.server, world.clock, self._roster, dry_run=config.dry_run
+        )
+        adopted = _adopted(ledger)
+        self._fleet = Fleet(adopted, world.device, world.source, world.bus, world.clock)
         self._agenda = Agenda.begin(config.scan_s, config.reconcile_s, world.clock.now_s())
         # What was known of the watcher at the last decision.
         self._link: Link = "unheard"
@@ -84,6 +91,17 @@ class Agent:
     def turn(self) -> None:
         """Wait for a request or for what is due next, and do it."""
         self._hear(self._server.receive(self._wake_s() - self._clock.now_s()))
+        self._work()
+        if self._may_answer():
+            self._answer()
+
+    def begin(self) -> int | None:
+        """Look around before anybody is heard; returns how many GPUs answer, None if unknown."""
+        self._work()
+        return self._fleet.count
+
+    def _work(self) -> None:
+        """Do what is due."""
         self._obey()
         desired = self._desk.desired()
         if desired.link == "expired" and self._link != "expired":
@@ -96,11 +114,9 @@ class Agent:
                 desired = self._desk.desired()
                 self._act(desired)
                 self._follow(desired)
-                self._ledger.remember(self._beside())
+                self._ledger.remember(self._beside(), self._notes())
             self._tell()
             self._move_on(desired, due)
-        if self._may_answer():
-            self._answer()
 
     @property
     def hopeless(self) -> str | None:
@@ -159,6 +175,9 @@ class Agent:
         if not self._desk.due:
             self._waits_since_s = now_s
         self._desk.take(incoming)
+        self._desk.watch_silence()
+        if self._desk.changed and self._desk.snapshot:
+            self._roster.learn(self._desk.snapshot.pods, self._spoken_of())
         if self._desk.is_asked:
             self._agenda = self._agenda.asked(now_s)
 
@@ -236,11 +255,7 @@ class Agent:
             if is_blind and gpu.uuid not in decisions:
                 continue  # nothing new is known of it, and who used it stays known
             decision = decisions.get(gpu.uuid, UNDECIDED)
-            decided = one.decided(gpu, decision, mute=self._mute(gpu.uuid))
-            self._fleet.become(decided)
-            if decided.said != gpu.said:
-                now = decided.decision
-                self._log.info("gpu_state", uuid=gpu.uuid, state=now.state, why=now.reason)
+            self._fleet.become(one.decided(gpu, decision, mute=self._mute(gpu.uuid)))
 
     def _ready(self, now_s: float) -> list[Gpu]:
         return [gpu for gpu in self._fleet if one.is_ready(gpu, now_s)]
@@ -314,6 +329,12 @@ class Agent:
     def _tell(self) -> None:
         for happening in self._fleet.take_told():
             self._announcer.tell(happening)
+        for gpu in self._fleet:
+            after = one.news(gpu)
+            if after is not gpu:
+                self._fleet.become(after)
+                owned = gpu.uuid in self._ledger.entries
+                self._announcer.tell_state(after, owned=owned and self._link != "unheard")
 
     def _say_nvml(self) -> None:
         driver, version = self._fleet.driver, self._device.driver_version
@@ -375,6 +396,19 @@ class Agent:
         owned = self._ledger.entries
         return {gpu.uuid: gpu.beside for gpu in self._fleet if gpu.uuid in owned}
 
+    def _notes(self) -> Notes:
+        owned = self._ledger.entries
+        stood = {gpu.uuid: gpu.stood_mw for gpu in self._fleet if gpu.uuid in owned}
+        return Notes(
+            stood={uuid: mw for uuid, mw in stood.items() if mw is not None},
+            names=self._roster.of({uid for entry in owned.values() for uid in entry.pods}),
+        )
+
+    def _spoken_of(self) -> frozenset[str]:
+        """Return the pods of which something may still be told."""
+        uids = frozenset[str]().union(*(one.concerned(gpu) for gpu in self._fleet))
+        return uids.union(*(entry.pods for entry in self._ledger.entries.values()))
+
     # ---- the end ----
 
     def stop(self) -> None:
@@ -417,3 +451,20 @@ class Agent:
         if not isinstance(self._fleet.driver, Open):
             return False
         return any(isinstance(self._fleet[uuid].where, Present) for uuid in self._ledger.entries)
+
+
+def _adopted(ledger: Ledger) -> list[Gpu]:
+    """Return the GPUs that are owned since before this start.
+
+    Without notes what the ledger says is taken to have stood.
+    """
+    stood = None if ledger.notes is None else ledger.notes.stood
+    return [
+        one.adopted(
+            uuid,
+            owned,
+            ledger.beside.get(uuid, frozenset()),
+            owned.set_mw if stood is None else stood.get(uuid),
+        )
+        for uuid, owned in ledger.entries.items()
+    ]

@@ -89,6 +89,8 @@ class Desk:
         self.started_s = clock.now_s()
         self._heard_s = self.started_s
         self._deaf_s = 0.0  # of the time since then
+        # Whether it was said that the watcher is silent.
+        self._is_silent = False
         self._sessions = Bucket.full(_SESSIONS_PER_S, _SESSIONS, self.started_s)
         self._retired: deque[str] = deque(maxlen=_RETIRED)
         self._desired = Desired("unheard")
@@ -180,6 +182,7 @@ class Desk:
         self.tally.snapshots += 1
         # What a silence had put off is due.
         self.changed |= self.desired().link != "living"
+        self._say_back(new, now_s)
         self._heard_s = now_s
         self._deaf_s = 0.0
         self.snapshot = new
@@ -237,6 +240,30 @@ class Desk:
         if silent_s > _LIVING_S and self._desired.link == "living":
             return replace(self._desired, link="silent")
         return self._desired
+
+    def watch_silence(self) -> None:
+        """Say once that the watcher has fallen silent."""
+        silent_s = self._clock.now_s() - self._heard_s
+        if self._is_silent or silent_s - self._deaf_s <= _LIVING_S:
+            return
+        self._is_silent = True
+        holds = "no power is raised or given back, a limit may still go down"
+        if self._lease_s is not None:
+            holds += f"; all is given back after {self._lease_s:g} s (POWER_AGENT_LEASE)"
+        self._log.warning(
+            "watcher_silent",
+            why="no snapshot came" + ("" if self.snapshot else " since this start"),
+            silent_s=round(silent_s, 3),
+            session=self.snapshot.session if self.snapshot else None,
+            holds=holds,
+            remedy="see the log of the watcher and its /readyz",
+        )
+
+    def _say_back(self, new: m.Snapshot, now_s: float) -> None:
+        if self._is_silent:
+            silent_s = round(now_s - self._heard_s, 3)
+            self._log.info("watcher_back", silent_s=silent_s, session=new.session)
+        self._is_silent = False
 
     def lease_ends_s(self) -> float | None:
         """Return when the lease runs out if nothing is heard; None where it is never, or has."""

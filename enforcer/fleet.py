@@ -4,7 +4,7 @@ It holds the value of each GPU and replaces it by the next one. gpu.py says what
 driver.py says when a session is opened, and the loop (agent.py) does all writing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from enforcer import driver as sessions
@@ -14,7 +14,7 @@ from enforcer.device import Board, Device, DeviceError, Listing
 from enforcer.driver import Devices, Driver, Open, Shut, Step, View
 from enforcer.gpu import Gpu, Happening, Lost, Present
 from enforcer.policy import Desired
-from enforcer.sources import Source, Tenants
+from enforcer.sources import Source
 
 
 class Bus(Protocol):
@@ -29,20 +29,18 @@ class Fleet:
 
     def __init__(
         self,
-        owned: Mapping[str, Tenants],
+        owned: Iterable[Gpu],
         device: Device,
         source: Source,
         bus: Bus,
         clock: Clock,
     ) -> None:
-        """Prepare; nothing is opened before `keep_session`. `owned` has who ran beside its pods."""
+        """Prepare; nothing is opened before `keep_session`. `owned` are known from the ledger."""
         self._device = device
         self._source = source
         self._bus = bus
         self._clock = clock
-        self._gpus: dict[str, Gpu] = {
-            uuid: Gpu(uuid, beside=beside) for uuid, beside in owned.items()
-        }
+        self._gpus: dict[str, Gpu] = {gpu.uuid: gpu for gpu in owned}
         self._sessions = 0
         self._told: list[Happening] = []
         self.driver: Driver = Shut()
@@ -134,7 +132,7 @@ class Fleet:
             cut_off=error.cut_off and self._sessions > 0,
         )
         for gpu in self:
-            self._lose(gpu, why)
+            self._lose(gpu, why, self.driver.again.due_s)
 
     def _list_again(self) -> None:
         """Look in the open session for what was missing from it."""
@@ -177,8 +175,15 @@ class Fleet:
     def _missing(self) -> bool:
         return any(not isinstance(gpu.where, Present) for gpu in self)
 
-    def _lose(self, gpu: Gpu, why: str) -> Gpu:
-        return self.become(*one.lost(gpu, why, self._clock.now_s()))
+    @property
+    def count(self) -> int | None:
+        """How many GPUs answer; None while no session is open."""
+        if not isinstance(self.driver, Open):
+            return None
+        return sum(isinstance(gpu.where, Present) for gpu in self)
+
+    def _lose(self, gpu: Gpu, why: str, next_try_s: float | None = None) -> Gpu:
+        return self.become(*one.lost(gpu, why, self._clock.now_s(), next_try_s))
 
     def _expect(self, before: Gpu) -> None:
         """Search in a new session for a GPU that was just lost."""

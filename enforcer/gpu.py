@@ -23,6 +23,8 @@ What became of a write (`after`):
 | held                  | drift     | managed, one drift more   | limit_drifted, once for a value |
 | held                  | release   | free                      | limit_released |
 | held                  | note      | managed                   | |
+| was not needed        | release   | free                      | limit_released |
+| was not needed        | any other | managed                   | |
 | was refused           | any       | failed, and waits         | limit_failed, once for a reason |
 | was refused as lost   | any       | lost                      | limit_failed, gpu_lost |
 | did not hold          | any       | failed, and waits         | limit_failed, once for a reason |
@@ -31,8 +33,11 @@ What became of a write (`after`):
 A write that failed is tried again as what it was: a refused release is no drift, and a refused
 first set counts as the first. Its wait does not delay another target.
 
+It is not needed where the hardware has the target already.
+
 A limit that the driver forgot is no drift but an adjustment: nobody else has changed it. That is so
-where persistence mode is off and a new session finds the board at its default.
+where persistence mode is off and a new session finds the board at its default. Nor is one a drift
+that never stood: its write was refused or cut short, perhaps before this start.
 """
 
 from collections.abc import Mapping
@@ -40,15 +45,18 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from enforcer.device import UNKNOWN, UNREAD, Board, DeviceError, Facts, Reading
-from enforcer.policy import UNDECIDED, Action, Decision, Desired, Occupants, SeenGpu
+from enforcer.policy import UNDECIDED, Decision, Desired, Occupants, Owned, SeenGpu
 from enforcer.sources import Sighting, Tenants
+from shared.messages import GpuState
 from shared.pace import Backoff
+from shared.units import format_watts as w
 from shared.units import same_limit
 
 # Frequent writes disturb collective operations on the GPU.
 WRITE_GAP_S = 0.1
 _AGAIN = Backoff(first_s=1.0, most_s=32.0)
 _CUT_OFF_S = 180.0
+_NEVER_STOOD = "nobody else changed it: when it was last set, that was refused or cut short"
 _FORGOTTEN = "the driver had forgotten it while NVML was closed, since persistence mode is off"
 # A GPU that is lost again and again is searched for ever more seldom.
 _LOST = Backoff(first_s=1.0, most_s=600.0)
@@ -125,7 +133,13 @@ class Gpu:
     # Who was seen on it together with the pods that it is kept for: they have not taken it.
     beside: Tenants = frozenset()
     decision: Decision = UNDECIDED
+    # Its state as it was last told, in a dry run with the limit that it would have.
     said: str = UNDECIDED.state
+    # The pods that it has a limit for, or had one for until it is given back.
+    kept_for: frozenset[str] = frozenset()
+    # The limit that was set last and stood: it was read back.
+    stood_mw: int | None = None
+    last_index: int | None = None
     trouble: Trouble | None = None
     losses: Backoff = _LOST
     wrote_s: float | None = None
@@ -158,6 +172,10 @@ class Happening:
     to_mw: int | None
     reason: str
     why: str
+    pci: str | None = None
+    # What is so until the next try, and when that comes; None where none is needed.
+    holds: str | None = None
+    next_try_s: float | None = None
 
 
 # What became of a write. `reading` is what was read after it.
@@ -198,6 +216,16 @@ class NotEntered:
 Outcome = Wrote | Refused | Noted | NotEntered
 
 
+def adopted(uuid: str, owned: Owned, beside: Tenants, stood_mw: int | None) -> Gpu:
+    """Return a GPU that is owned since before this start; `beside` ran there with its pods."""
+    return Gpu(uuid, beside=beside, kept_for=owned.pods, stood_mw=stood_mw)
+
+
+def concerned(gpu: Gpu) -> frozenset[str]:
+    """Return the pods whom it concerns what happens to it."""
+    return (gpu.decision.pods | gpu.decision.stances.keys()) or gpu.kept_for
+
+
 # ---- where it is ----
 
 
@@ -210,16 +238,18 @@ def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list
     if isinstance(gpu.where, Present) and gpu.where.session == session:
         before = gpu.where
         where = replace(where, is_default=before.is_default, cut_off_s=before.cut_off_s)
-    here = replace(gpu, facts=facts, where=where)
+    here = replace(gpu, facts=facts, where=where, last_index=board.index)
     if not isinstance(gpu.where, Lost):
         return here, []
     return here, [_told(here, "gpu_back", None, f"it answers again, as GPU {board.index}")]
 
 
-def lost(gpu: Gpu, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
+def lost(
+    gpu: Gpu, why: str, now_s: float, next_try_s: float | None = None
+) -> tuple[Gpu, list[Happening]]:
     """Return the GPU after it did not answer; what was decided about it holds no longer.
 
-    `losses` say when a search for it may begin.
+    `losses` say when a search for it may begin, unless the next try is at `next_try_s`.
     """
     if isinstance(gpu.where, Lost):
         return replace(gpu, where=replace(gpu.where, why=why)), []
@@ -230,7 +260,12 @@ def lost(gpu: Gpu, why: str, now_s: float) -> tuple[Gpu, list[Happening]]:
     # Its pods are kept, so that they are shown as failed.
     decision = replace(UNDECIDED, state="lost", reason=why, stances=gpu.decision.stances)
     gone = replace(gpu, where=Lost(why, session), decision=decision, trouble=None, losses=losses)
-    return gone, [_told(gone, "gpu_lost", None, why)]
+    told = _told(gone, "gpu_lost", gpu.limit_mw, why)
+    had = f" (it was {w(gpu.limit_mw)} W)" if gpu.limit_mw is not None else ""
+    holds = f"its limit{had} can be neither read nor set; other GPUs are served as before"
+    if next_try_s is None and isinstance(gpu.where, Present):
+        next_try_s = search_s(gpu, now_s)
+    return gone, [replace(told, pods=concerned(gpu), holds=holds, next_try_s=next_try_s)]
 
 
 def _losses(losses: Backoff, here: Present, now_s: float) -> Backoff:
@@ -380,27 +415,73 @@ def decided(gpu: Gpu, decision: Decision, *, mute: str = "") -> Gpu:
 
     `mute` is why nothing may be written now, empty where it may.
     """
-    gpu = _with_neighbours(gpu, decision)
+    gpu = _with_neighbours(_with_what_stood(gpu, decision), decision)
     if gpu.trouble and decision.action == "drift":
         decision = replace(decision, action=gpu.trouble.decision.action)
-    elif decision.action == "drift" and _is_forgotten(gpu):
-        reason = f"{decision.reason}; {_FORGOTTEN}"
-        decision = replace(decision, action="adjust", reason=reason)
+    elif decision.action == "drift" and (why := _no_drift(gpu, decision)):
+        decision = replace(decision, action="adjust", reason=f"{decision.reason}; {why}")
     # What could not be written before is no less wrong while nothing may be written.
     trouble = gpu.trouble if decision.action else None
     if mute and decision.action:
         decision = _muted(decision, mute)
-    said = gpu.said if decision is UNDECIDED else decision.state
-    if (decision, said, trouble) == (gpu.decision, gpu.said, gpu.trouble):
+    if (decision, trouble) == (gpu.decision, gpu.trouble):
         return gpu
-    return replace(gpu, decision=decision, said=said, trouble=trouble)
+    return replace(gpu, decision=decision, trouble=trouble)
+
+
+def _with_what_stood(gpu: Gpu, decision: Decision) -> Gpu:
+    """Remember for whom it is kept, and that the limit that it is to have was read there."""
+    is_free = decision.state == "free" and decision.action is None and decision is not UNDECIDED
+    kept_for = frozenset[str]() if is_free else decision.pods or gpu.kept_for
+    stood_mw, limit_mw, target_mw = gpu.stood_mw, gpu.limit_mw, decision.target_mw
+    if limit_mw is not None and target_mw is not None and same_limit(limit_mw, target_mw):
+        stood_mw = target_mw if decision.action in (None, "note") else stood_mw
+    if (kept_for, stood_mw) == (gpu.kept_for, gpu.stood_mw):
+        return gpu
+    return replace(gpu, kept_for=kept_for, stood_mw=stood_mw)
+
+
+def _no_drift(gpu: Gpu, decision: Decision) -> str:
+    """Return why a limit that is not as it should be was changed by nobody; empty if it was."""
+    if _is_forgotten(gpu):
+        return _FORGOTTEN
+    return "" if gpu.stood_mw == decision.target_mw else _NEVER_STOOD
+
+
+# ---- what is shown and told of it ----
+
+
+def shown(gpu: Gpu) -> tuple[GpuState, str]:
+    """Return its state and why; what failed last outranks what was decided."""
+    match gpu.where:
+        case Unseen():
+            return "held", "owned since before this start, not seen yet"
+        case Lost(why=why):
+            return "lost", why
+        case Present():
+            if gpu.trouble is not None:
+                return "failed", gpu.trouble.why
+            return gpu.decision.state, gpu.decision.reason
+
+
+def news(gpu: Gpu) -> Gpu:
+    """Return the GPU with its state as told, which is another one where there is news.
+
+    In a dry run another limit that it would have is news too: no other line tells of it.
+    """
+    if gpu.decision is UNDECIDED or isinstance(gpu.where, Unseen):
+        return gpu
+    said: str = shown(gpu)[0]
+    if gpu.decision.withheld:
+        said = f"{said}, {gpu.decision.withheld} {gpu.decision.target_mw}"
+    return gpu if said == gpu.said else replace(gpu, said=said)
 
 
 def _muted(decision: Decision, mute: str) -> Decision:
     """Return the decision without what it was to do; what is not given back is not free."""
     reason = f"{mute}, nothing is written; would be: {decision.reason}"
     state = "held" if decision.action == "release" else decision.state
-    return replace(decision, action=None, reason=reason, state=state)
+    return replace(decision, action=None, withheld=decision.action, reason=reason, state=state)
 
 
 def may_write_s(gpu: Gpu) -> float | None:
@@ -461,7 +542,8 @@ def _wrote(gpu: Gpu, outcome: Wrote, now_s: float) -> tuple[Gpu, list[Happening]
         gpu = replace(_counted(gpu), wrote_s=now_s)
     gpu = was_read(gpu, outcome.reading)
     if target_mw is None or reads_mw is None or not same_limit(reads_mw, target_mw):
-        why = f"set to {target_mw} mW without an error, yet it reads {reads_mw} mW"
+        reads = "cannot be read" if reads_mw is None else f"reads {w(reads_mw)} W"
+        why = f"set to {w(target_mw)} W without an error, yet it {reads}"
         return _failed(gpu, "NOT_HELD", why, now_s)
     return _held(gpu, outcome.before_mw)
 
@@ -473,9 +555,12 @@ def _counted(gpu: Gpu) -> Gpu:
 
 def _held(gpu: Gpu, before_mw: int) -> tuple[Gpu, list[Happening]]:
     action, why = gpu.decision.action, gpu.decision.reason
-    settled = replace(_done(gpu), drifted_to_mw=None)
+    settled = replace(_done(gpu), drifted_to_mw=None, stood_mw=gpu.decision.target_mw)
     if action == "release":
+        settled = replace(settled, kept_for=frozenset(), stood_mw=None)
         return settled, [_told(gpu, "limit_released", before_mw, why)]
+    if before_mw == gpu.decision.target_mw:
+        return settled, []
     if action != "drift":
         return settled, [_told(gpu, "limit_set", before_mw, why)]
     settled = replace(settled, drifts=gpu.drifts + 1, drifted_to_mw=before_mw)
@@ -497,8 +582,18 @@ def _failed(gpu: Gpu, error: str, why: str, now_s: float) -> tuple[Gpu, list[Hap
     if known is not None and same:
         again = known.again
     trouble = Trouble(gpu.decision, error, why, again.failed(now_s))
-    told = [] if same else [_told(gpu, "limit_failed", gpu.limit_mw, why)]
-    return replace(gpu, trouble=trouble), told
+    gpu = replace(gpu, trouble=trouble)
+    if same:
+        return gpu, []
+    told = _told(gpu, "limit_failed", gpu.limit_mw, why)
+    return gpu, [replace(told, holds=has(gpu), next_try_s=trouble.again.due_s)]
+
+
+def has(gpu: Gpu) -> str:
+    """Return what its limit is until something can be done about it."""
+    if gpu.limit_mw is None:
+        return "what limit it has cannot be read now"
+    return f"its limit is {w(gpu.limit_mw)} W meanwhile"
 
 
 def _same_write(one: Decision, other: Decision) -> bool:
@@ -512,7 +607,14 @@ def _one_more(counts: Mapping[str, int], name: str) -> dict[str, int]:
 
 def _told(gpu: Gpu, kind: Kind, from_mw: int | None, why: str) -> Happening:
     decision = gpu.decision
-    reason: Action | str = decision.action or decision.state
     return Happening(
-        kind, gpu.index, gpu.uuid, decision.pods, from_mw, decision.target_mw, reason, why
+        kind=kind,
+        index=gpu.last_index if gpu.index is None else gpu.index,
+        uuid=gpu.uuid,
+        pci=gpu.facts.pci,
+        pods=concerned(gpu),
+        from_mw=from_mw,
+        to_mw=decision.target_mw,
+        reason=decision.action or decision.state,
+        why=why,
     )

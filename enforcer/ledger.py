@@ -28,6 +28,8 @@ _NEXT = "ledger.next"
 # Not in the ledger's own file: an older version would take a field that it lacks for damage.
 _BESIDE = "beside.json"
 _BESIDE_NEXT = "beside.next"
+_NOTES = "notes.json"
+_NOTES_NEXT = "notes.next"
 _LOCK = "lock"
 _VERSION: Literal[1] = 1
 _MAX_BYTES = 4 << 20
@@ -62,6 +64,16 @@ class _Book(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, crc32=zlib.crc32(text))
 
 
+class Notes(msgspec.Struct, frozen=True):
+    """What helps to say what happened, and nothing else depends on: the file may be lost.
+
+    `stood` has for each GPU the limit that was set last and read back. `names` are those of pods.
+    """
+
+    stood: dict[str, int] = {}
+    names: dict[str, tuple[str, str]] = {}
+
+
 class Ledger:
     """The entries by GPU UUID, held under a lock so that a node has one owner."""
 
@@ -71,6 +83,8 @@ class Ledger:
         self._boot_id = boot_id
         self.entries: Mapping[str, Owned] = {}
         self.beside: Mapping[str, Tenants] = {}
+        # None where there are none: of an older version, or lost.
+        self.notes: Notes | None = None
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._dir = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -121,6 +135,7 @@ class Ledger:
             if book.boot_id == self._boot_id:
                 self.entries = book.gpus
                 self.beside = self._beside()
+                self.notes = self._notes()
             elif book.gpus:
                 said.append(f"of another boot, hardware forgot, dropped: {', '.join(book.gpus)}")
             break
@@ -139,19 +154,29 @@ class Ledger:
             for uuid, owned in self.entries.items()
         }
 
-    def remember(self, beside: Mapping[str, Tenants]) -> None:
+    def _notes(self) -> Notes | None:
+        with contextlib.suppress(*_DAMAGE), open(_NOTES, "rb", opener=self._open_to_read) as file:
+            return msgspec.json.decode(file.read(_MAX_BYTES), type=Notes)
+        return None
+
+    def remember(self, beside: Mapping[str, Tenants], notes: Notes) -> None:
         """Keep who runs beside the pods of each GPU, so that a crash makes nobody a stranger (I9).
 
         It need not wait for the disk, and may fail: what is lost so is known again once the pods
-        are seen.
+        are seen. So is what is noted.
         """
-        if beside == self.beside:
-            return
-        self.beside = beside
+        if beside != self.beside:
+            self.beside = beside
+            self._write_over(_BESIDE, _BESIDE_NEXT, msgspec.json.encode(beside))
+        if notes != self.notes:
+            self.notes = notes
+            self._write_over(_NOTES, _NOTES_NEXT, msgspec.json.encode(notes))
+
+    def _write_over(self, name: str, first: str, text: bytes) -> None:
         with contextlib.suppress(OSError):
-            with open(_BESIDE_NEXT, "wb", opener=self._open) as file:
-                file.write(msgspec.json.encode(beside))
-            os.rename(_BESIDE_NEXT, _BESIDE, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+            with open(first, "wb", opener=self._open) as file:
+                file.write(text)
+            os.rename(first, name, src_dir_fd=self._dir, dst_dir_fd=self._dir)
 
     def _move_aside(self, name: str, error: Exception) -> str:
         aside = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"

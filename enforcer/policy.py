@@ -131,6 +131,8 @@ class Decision:
     pods: frozenset[str] = frozenset()
     aliases: frozenset[str] = frozenset()
     action: Action | None = None
+    # What is not done in a dry run, or while it is paused.
+    withheld: Action | None = None
     stances: Mapping[str, Stance] = field(default_factory=dict)
     # Who is on it now runs beside its pods.
     neighbours: bool = False

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 
+from enforcer import gpu as one
 from enforcer import standing
 from enforcer.desk import Tally
 from enforcer.driver import Open, Refused
-from enforcer.gpu import Gpu, Lost, Present, Unseen
+from enforcer.gpu import Gpu, Present
 from enforcer.policy import Desired, Owned
 from enforcer.settings import EnforcerSettings
 from enforcer.sources import Sighting
@@ -56,7 +57,7 @@ def records(gpus: Iterable[Gpu], owned: Mapping[str, Owned], desired: Desired) -
 def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
     """Return what is shown of one GPU; `owned` is what the ledger has of it."""
     decision, facts = gpu.decision, gpu.facts
-    state, reason = _state(gpu)
+    state, reason = one.shown(gpu)
     pods = decision.pods
     target_mw = None
     if owned is not None:
@@ -88,19 +89,6 @@ def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:
         writes=dict(gpu.writes),
         write_failures=dict(gpu.failures),
     )
-
-
-def _state(gpu: Gpu) -> tuple[m.GpuState, str]:
-    """Return its state; what failed last outranks what was decided."""
-    match gpu.where:
-        case Unseen():
-            return "held", "owned since before this start, not seen yet"
-        case Lost(why=why):
-            return "lost", why
-        case Present():
-            if gpu.trouble is not None:
-                return "failed", gpu.trouble.why
-            return gpu.decision.state, gpu.decision.reason
 
 
 def _processes(sighting: Sighting | None, desired: Desired) -> list[m.Process]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from enforcer.gpu import Gpu, NotEntered
 from enforcer.policy import Owned
 from shared.units import MAX_MW
+from shared.units import format_watts as w
 
 Entries = Mapping[str, Owned]
 
@@ -25,7 +26,9 @@ def entered(
     for gpu in batch:
         owned = entries.get(gpu.uuid) or _first(gpu, wall_s)
         if owned is None:
-            why = f"not taken: its present limit cannot be read ({gpu.limit_mw} mW)"
+            why = "not taken: its present limit cannot be read"
+            if gpu.limit_mw is not None:
+                why = f"not taken: its present limit is said to be {w(gpu.limit_mw)} W"
             refused[gpu.uuid] = NotEntered("UNREADABLE", why)
         else:
             found[gpu.uuid] = _with_decision(owned, gpu)

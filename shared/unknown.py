@@ -11,16 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 
 PREFIX = "POWER_AGENT_"
-# The settings by program, of which each sees the other's too where both share a container.
-ENFORCERS = frozenset(
-    """CGROUP_ROOT CONFLICT DRY_RUN EXIT_SECONDS KUBELET_DIR KUBELET_RESOURCES LEASE MAX_WATTS
-    MIN_WATTS ON_EXIT PROC_ROOT READER_UIDS RECONCILE_SECONDS RELEASE_TO SAFE_DEFAULT SCAN_SECONDS
-    STATE_DIR SUPERVISED SYSFS_ROOT WATCHER_UID""".split()
+# The settings of both programs: each sees the other's too where they share a container.
+_NAMES = (
+    *("LOG_FORMAT", "LOG_LEVEL", "RUN_DIR"),
+    *("ANNOTATION", "EVENTS", "METRICS_ADDR"),
+    *("CGROUP_ROOT", "CONFLICT", "DRY_RUN", "EXIT_SECONDS", "KUBELET_DIR", "KUBELET_RESOURCES"),
+    *("LEASE", "MAX_WATTS", "MIN_WATTS", "ON_EXIT", "PROC_ROOT", "READER_UIDS"),
+    *("RECONCILE_SECONDS", "RELEASE_TO", "SAFE_DEFAULT", "SCAN_SECONDS", "STATE_DIR"),
+    *("SUPERVISED", "SYSFS_ROOT", "WATCHER_UID"),
 )
-WATCHERS = frozenset("ANNOTATION EVENTS METRICS_ADDR".split())
-COMMON = frozenset("LOG_FORMAT LOG_LEVEL RUN_DIR".split())
-_KNOWN = ENFORCERS | WATCHERS | COMMON
-EVERY = frozenset(f"{PREFIX}{name}" for name in _KNOWN)
+EVERY = frozenset(f"{PREFIX}{name}" for name in _NAMES)
 # What Kubernetes sets for each Service of the namespace whose name begins with `power-agent`
 # (kubelet's envvars.FromServices): of POWER_AGENT_PORT and its like the value is an address.
 _OF_A_SERVICE = re.compile(

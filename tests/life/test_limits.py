@@ -313,7 +313,7 @@ def test_drift_is_mended_and_counted_and_logged_once_a_value() -> None:
             node.wait_drifts(mended)
         assert node.gpu().writes["drift"] == 3
         assert len(node.logs("limit_drifted")) == 1
-        assert node.logs("limit_drifted")[0]["from_mw"] == 600_000
+        assert node.logs("limit_drifted")[0]["from_watts"] == 600
         node.gpus[0].limit_mw = 500_000
         node.wait_limit(300)
         until(lambda: len(node.logs("limit_drifted")) == 2, "another value is said")

@@ -42,7 +42,7 @@ WRITES: dict[str, tuple[Action, Outcome, list[Kind], bool, dict[str, int], dict[
     "adjust held": ("adjust", HELD, ["limit_set"], False, {"adjust": 1}, {}),
     "drift held": ("drift", HELD, ["limit_drifted"], False, {"drift": 1}, {}),
     "release held": ("release", HELD, ["limit_released"], False, {"release": 1}, {}),
-    "it had it": ("adjust", Wrote(ALREADY, Reading(ALREADY)), ["limit_set"], False, {}, {}),
+    "it had it": ("adjust", Wrote(ALREADY, Reading(ALREADY)), [], False, {}, {}),
     "note": ("note", Noted(), [], False, {}, {}),
     "refused": ("acquire", REFUSED, ["limit_failed"], True, {}, {"UNKNOWN": 1}),
     "refused release": ("release", REFUSED, ["limit_failed"], True, {}, {"UNKNOWN": 1}),

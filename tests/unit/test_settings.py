@@ -487,9 +487,11 @@ def test_a_name_that_has_no_prefix_is_refused_with_one() -> None:
 
 
 # Of versions to come, or that have been: an upgrade and a rollback must start.
-OTHER_VERSIONS = """POD_LABELS READY NFD_DIR UPSTREAM_STATE METRIC_ALIASES PAUSE WATCHER_GID
-    READER_GIDS LEASE_SECONDS RELEASE SCAN_INTERVAL LOG_FILE MIN_POWER SAFE_DEFAULT_WATTS
-    METRICS_PORT KUBELET_SOCKET RUN_AS""".split()
+OTHER_VERSIONS = [
+    *("POD_LABELS", "READY", "NFD_DIR", "UPSTREAM_STATE", "METRIC_ALIASES", "PAUSE", "RUN_AS"),
+    *("WATCHER_GID", "READER_GIDS", "LEASE_SECONDS", "RELEASE", "SCAN_INTERVAL", "LOG_FILE"),
+    *("MIN_POWER", "SAFE_DEFAULT_WATTS", "METRICS_PORT", "KUBELET_SOCKET"),
+]
 # The kubelet's, for Services called power-agent, power-agent-metrics and the like.
 SERVICE_LINKS = {
     "POWER_AGENT_SERVICE_HOST": "10.0.0.1",
