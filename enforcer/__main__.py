@@ -24,10 +24,12 @@ from enforcer.sources import Joined, Source
 from shared import __version__, settings
 from shared.logs import Log
 from shared.sockets import TransportError
+from shared.units import watts
 
 _NAME = "power-agent-enforcer"
 _PURPOSE = "Sets the power limits of this node's GPUs as the watcher asks, and gives them back."
 _RETRY_S = 0.5
+_UNTOUCHED = "limits stay as they are; nothing is touched and nobody is answered meanwhile"
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
@@ -53,17 +55,7 @@ def main() -> int:
         source = Joined(source, kubelet)
     world = World(server, nvml, source, Bus(config.sysfs_root), SystemClock(), kubelet)
     agent = Agent(config, log, world, ledger, report.about(config, roots, ledger.path))
-    log.info("starting", version=__version__)  # to open NVML may take half a minute
-    for line in settings.unread_here(EnforcerSettings):
-        log.warning("setting_unknown", why=line)
-    log.info(
-        "started",
-        version=__version__,
-        gpus=agent.begin(),
-        owned=len(ledger.entries),
-        cgroup_roots=roots,
-        settings=settings.effective(EnforcerSettings),
-    )
+    _say_started(log, agent, len(ledger.entries), roots)
     gc.freeze()  # what is here stays: collections in the loop need not walk it
     while not (stop.requested or agent.hopeless):
         agent.turn()
@@ -73,15 +65,35 @@ def main() -> int:
         agent.stop()
     server.close()
     ledger.close()
-    return _say_the_end(log, config, why, len(ledger.entries))
+    return _say_the_end(log, config, why, ledger)
 
 
-def _say_the_end(log: Log, config: EnforcerSettings, why: str | None, owned: int) -> int:
+def _say_started(log: Log, agent: Agent, owned: int, roots: tuple[str, ...]) -> None:
+    """Say what this start works by, and look around: to open NVML may take half a minute."""
+    log.info("starting", version=__version__)
+    for line in settings.unread_here(EnforcerSettings):
+        log.warning("setting_unknown", why=line)
+    log.info(
+        "started",
+        version=__version__,
+        gpus=agent.begin(),
+        owned=owned,
+        cgroup_roots=roots,
+        settings=settings.effective(EnforcerSettings),
+    )
+
+
+def _say_the_end(log: Log, config: EnforcerSettings, why: str | None, ledger: Ledger) -> int:
     """Say that this is the end, in order or because of `why`; return the exit status."""
+    values: dict[str, object] = {"still_owned": len(ledger.entries)}
+    if ledger.entries:
+        values["watts"] = {uuid: watts(owned.set_mw) for uuid, owned in ledger.entries.items()}
+        values["holds"] = "these limits stay in force; the next start goes on with them"
     if why is None:
-        log.info("stopped", on_exit=config.on_exit, still_owned=owned)
+        say = log.warning if ledger.entries and config.on_exit == "restore" else log.info
+        say("stopped", on_exit=config.on_exit, **values)
         return 0
-    log.error("ended", why=why, still_owned=owned)
+    log.error("ended", why=why, **values)
     sys.stderr.write(f"{_NAME}: {why}\n")
     return 1
 
@@ -118,7 +130,8 @@ def _connections(descriptors: int, log: Log) -> int:
 def _lock(ledger: Ledger, config: EnforcerSettings, log: Log, stop: StopSignal) -> bool:
     """Wait for the node's lock; tells whether it is held: else a stop was requested."""
     if not ledger.try_lock():
-        log.warning("waiting", why=f"another enforcer on this node holds {config.state_dir}")
+        why = f"another enforcer on this node holds {config.state_dir}"
+        log.warning("waiting", why=why, holds=_UNTOUCHED, next_try_s=_RETRY_S)
     while not ledger.try_lock():  # to call it again while it is held is harmless
         if stop.wait(_RETRY_S):
             return False
@@ -138,7 +151,7 @@ def _load(ledger: Ledger, log: Log, stop: StopSignal) -> bool:
         except UnreadableError as error:
             if str(error) != said:
                 said = str(error)
-                log.error("ledger", why=said)
+                log.error("ledger", why=said, holds=_UNTOUCHED, next_try_s=_RETRY_S)
         else:
             return True
         if stop.wait(_RETRY_S):

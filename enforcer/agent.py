@@ -36,6 +36,13 @@ from shared.pace import Backoff
 # Between two tries to give back, at a stop.
 _LAST_GAP_S = 0.5
 _JUST_AFTER_S = 0.001
+# What is so while NVML cannot be used, or not in full.
+_NVML_HOLDS = {
+    False: "limits stay as they are in the hardware; none can be read or set",
+    True: "the GPUs that answer are served",
+}
+_LEDGER_HOLDS = "no new GPU is taken; the limits of owned ones are kept"
+_LEDGER_AGAIN = "with each write that waits, each 32 s at least"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,8 @@ class Agent:
         self._announcer = Announcer(
             log, world.server, world.clock, self._roster, dry_run=config.dry_run
         )
+        if ledger.notes is None and not ledger.entries:
+            ledger.remember(ledger.beside, Notes())  # from here on what it does not say is not so
         adopted = _adopted(ledger)
         self._fleet = Fleet(adopted, world.device, world.source, world.bus, world.clock)
         self._agenda = Agenda.begin(config.scan_s, config.reconcile_s, world.clock.now_s())
@@ -289,8 +298,10 @@ class Agent:
             owned = self._ledger.entries
             self._ledger.entries = {uuid: e for uuid, e in entries.items() if uuid in owned}
         if bool(fault) != bool(self._me.ledger_fault):
-            say = self._log.error if fault else self._log.info
-            say("ledger", why=fault or "can be written again")
+            if fault:
+                self._log.error("ledger", why=fault, holds=_LEDGER_HOLDS, next_try=_LEDGER_AGAIN)
+            else:
+                self._log.info("ledger", why="can be written again")
         self._me = msgspec.structs.replace(self._me, ledger_fault=fault)
 
     # ---- carry out: all writing ----
@@ -342,8 +353,12 @@ class Agent:
             return  # what was said last holds
         state, why = report.nvml_state(driver, self._fleet)
         if (state, why) != (self._me.nvml, self._me.nvml_message):
-            say = self._log.info if why == "ok" else self._log.error
-            say("nvml", state=state, why=why, driver=version)
+            if why == "ok":
+                self._log.info("nvml", state=state, why=why, driver=version, gpus=self._fleet.count)
+            else:
+                next_try_s = round(driver.again.left_s(self._clock.now_s()), 3)
+                more = {"holds": _NVML_HOLDS[isinstance(driver, Open)], "next_try_s": next_try_s}
+                self._log.error("nvml", state=state, why=why, driver=version, **more)
         self._me = msgspec.structs.replace(
             self._me, nvml=state, nvml_message=why, driver_version=version
         )

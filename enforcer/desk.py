@@ -89,8 +89,8 @@ class Desk:
         self.started_s = clock.now_s()
         self._heard_s = self.started_s
         self._deaf_s = 0.0  # of the time since then
-        # Whether it was said that the watcher is silent.
-        self._is_silent = False
+        # What was said of the watcher's silence, empty while it speaks.
+        self._silence = ""
         self._sessions = Bucket.full(_SESSIONS_PER_S, _SESSIONS, self.started_s)
         self._retired: deque[str] = deque(maxlen=_RETIRED)
         self._desired = Desired("unheard")
@@ -242,28 +242,41 @@ class Desk:
         return self._desired
 
     def watch_silence(self) -> None:
-        """Say once that the watcher has fallen silent."""
-        silent_s = self._clock.now_s() - self._heard_s
-        if self._is_silent or silent_s - self._deaf_s <= _LIVING_S:
+        """Say once that the watcher has fallen silent, and once that it is there without pods."""
+        now_s = self._clock.now_s()
+        silent_s = now_s - self._heard_s
+        if silent_s - self._deaf_s <= _LIVING_S:
             return
-        self._is_silent = True
-        holds = "no power is raised or given back, a limit may still go down"
-        if self._lease_s is not None:
-            holds += f"; all is given back after {self._lease_s:g} s (POWER_AGENT_LEASE)"
+        told = self._of_itself(now_s)
+        silence = "it has no pods to tell" if told.unlisted else "nothing came of it"
+        if silence == self._silence:
+            return
+        self._silence = silence
+        since = f"for {silent_s:.0f} s" if self.snapshot else "since this start"
+        more = "; ".join(text for text in (told.unlisted, told.api_error) if text)
         self._log.warning(
             "watcher_silent",
-            why="no snapshot came" + ("" if self.snapshot else " since this start"),
+            why=f"{silence} {since}" + (f": {more}" if more else ""),
             silent_s=round(silent_s, 3),
             session=self.snapshot.session if self.snapshot else None,
-            holds=holds,
-            remedy="see the log of the watcher and its /readyz",
+            holds=self._holds(),
+            remedy="see the watcher's log, and its /readyz",
         )
 
+    def _holds(self) -> str:
+        """Return what becomes of limits while the watcher is silent."""
+        if self._lease_s is None:
+            return "no power is raised or given back, a limit may still go down"
+        lease = f"{self._lease_s:g} s of silence (POWER_AGENT_LEASE)"
+        if self.desired().link == "expired":
+            return f"limits are given back, after {lease}"
+        return f"no power is raised, a limit may still go down; all is given back after {lease}"
+
     def _say_back(self, new: m.Snapshot, now_s: float) -> None:
-        if self._is_silent:
+        if self._silence:
             silent_s = round(now_s - self._heard_s, 3)
             self._log.info("watcher_back", silent_s=silent_s, session=new.session)
-        self._is_silent = False
+        self._silence = ""
 
     def lease_ends_s(self) -> float | None:
         """Return when the lease runs out if nothing is heard; None where it is never, or has."""

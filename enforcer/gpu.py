@@ -260,8 +260,9 @@ def lost(
     # Its pods are kept, so that they are shown as failed.
     decision = replace(UNDECIDED, state="lost", reason=why, stances=gpu.decision.stances)
     gone = replace(gpu, where=Lost(why, session), decision=decision, trouble=None, losses=losses)
-    told = _told(gone, "gpu_lost", gpu.limit_mw, why)
-    had = f" (it was {w(gpu.limit_mw)} W)" if gpu.limit_mw is not None else ""
+    last_mw = gpu.stood_mw if gpu.limit_mw is None else gpu.limit_mw
+    told = _told(gone, "gpu_lost", last_mw, why)
+    had = "" if last_mw is None else f" (it was {w(last_mw)} W)"
     holds = f"its limit{had} can be neither read nor set; other GPUs are served as before"
     if next_try_s is None and isinstance(gpu.where, Present):
         next_try_s = search_s(gpu, now_s)

@@ -85,6 +85,8 @@ def parse(text: bytes, resources: Sequence[str]) -> frozenset[Held]:
     )
 
 
+_HOLDS = "what was read before holds; of the rest only processes show who has a GPU"
+_AGAIN = "with the next look at the GPUs (POWER_AGENT_SCAN_SECONDS)"
 _HEX = "[0-9a-fA-F-]{36}"
 _NAMES = re.compile(
     # NVIDIA's plugin names a device by its UUID, whatever deviceIDStrategy is (internal/rm,
@@ -176,8 +178,10 @@ class Kubelet:
 
     def _say(self, state: str) -> None:
         if state != self.state:
-            say = self._log.info if state == "ok" else self._log.warning
-            say("kubelet", why=state)
+            if state == "ok":
+                self._log.info("kubelet", why=state)
+            else:
+                self._log.warning("kubelet", why=state, holds=_HOLDS, next_try=_AGAIN)
         self.state = state
 
 

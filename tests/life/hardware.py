@@ -149,7 +149,8 @@ class FakeDevice:
                 facts = Facts(name=gpu.facts.name)
                 if fault not in LACKING:
                     faults.append(f"GPU {index}: facts: {fault}")
-            facts = replace(facts, persistence=gpu.persistence)
+            pci = f"00000000:{list(self.gpus).index(uuid) + 1:02X}:00.0"
+            facts = replace(facts, persistence=gpu.persistence, pci=pci)
             boards.append(Board(uuid, index, (self._session, uuid), facts))
         return Listing(tuple(boards), tuple(faults))
 
