@@ -77,6 +77,8 @@ class Announcer:
     def tell_state(self, gpu: Gpu, *, owned: bool) -> None:
         """Log the state that a GPU is in now; of one that is `owned` a person should know more."""
         state, why = one.shown(gpu)
+        if gpu.trouble is not None:  # its own line has what the driver said
+            why = f"not done: {gpu.decision.reason}"
         more: dict[str, object] = {}
         say = self._log.info
         if state in ("failed", "lost"):

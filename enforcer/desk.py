@@ -253,7 +253,9 @@ class Desk:
             return
         self._silence = silence
         since = f"for {silent_s:.0f} s" if self.snapshot else "since this start"
-        more = "; ".join(text for text in (told.unlisted, told.api_error) if text)
+        more = told.unlisted
+        if told.api_error not in more:
+            more += f"; the API: {told.api_error}"
         self._log.warning(
             "watcher_silent",
             why=f"{silence} {since}" + (f": {more}" if more else ""),

@@ -186,7 +186,6 @@ def effective(kind: type[CommonSettings]) -> dict[str, str | None]:
     return {
         variable.name: os.environ.get(variable.name) or variable.default
         for variable in _variables(kind).values()
-        if variable.name.startswith(unknown.PREFIX)
     }
 
 

@@ -9,7 +9,14 @@ import time
 from shared import __version__
 from shared.client import Client
 from shared.logs import Log
-from shared.settings import SettingsError, exit_usage, from_command_line
+from shared.settings import (
+    SettingsError,
+    effective,
+    exit_usage,
+    from_command_line,
+    unread_here,
+)
+from shared.sockets import control_path
 from watcher import events, health, metrics
 from watcher.events import Recorder
 from watcher.kube import Api
@@ -64,6 +71,9 @@ class Watcher:
                 target=self._recorder.run, args=(self._stop,), name="events", daemon=True
             )
 
+        self._reflector.address = self._api.host
+        self._publisher.socket = str(control_path(settings.run_dir))
+
     def run(self) -> int:
         """Serve, reflect and publish until a signal; returns the exit status."""
         self._catch_signals()
@@ -71,7 +81,11 @@ class Watcher:
         server = None if address is None else health.Server(address, self._pages())
         if self._recording is not None:
             self._recording.start()
-        self._log.info("started", version=__version__, **self._reaches(), **self._scope())
+        for line in unread_here(WatcherSettings):
+            self._log.warning("setting_unknown", why=line)
+        where = self._reaches() | self._scope()
+        said = effective(WatcherSettings)
+        self._log.info("started", version=__version__, **where, settings=said)
         if not self._api.verifies:
             self._log.warning("api_unverified", why="the API server does not prove who it is")
         self._reflecting.start()

@@ -21,6 +21,7 @@ from shared.units import format_watts
 from watcher.kube import ApiError
 
 RULE = '- {apiGroups: [""], resources: ["events"], verbs: ["create"]}'
+_HOLDS = "limits are set all the same; this Event is left out, the next one is tried"
 _BURST = 25
 _PER_S = 1.0
 _TIMEOUT_S = 10.0
@@ -153,7 +154,9 @@ class Recorder:
             # A 403 names the namespace: the text alone would be new with each.
             problem = str(error.status or error)
             if problem != self._problem:
-                self._log.warning("event_not_written", message=f"{error}{remedy}")
+                pod = messages.pod_text(note.namespace, note.name, note.uid)
+                said = f"{error}{remedy}"
+                self._log.warning("event_not_written", pod=pod, message=said, holds=_HOLDS)
             self._problem = problem
         else:
             self._problem = None

@@ -33,7 +33,10 @@ SILENT_S = 5.0  # two heartbeats and a turn without any answer
 _RETRY = Backoff(first_s=0.005, most_s=HEARTBEAT_S)  # a connection that is there takes nothing
 _HOLDS = ("enforced", "clamped")  # a pod's limit was written, and read back
 _NO_ANSWER = "no answer"
+_UNUSABLE = "a limit that the pod has goes on holding, else the safe default if one is set"
 _SEE_THE_LOG = "the socket can be opened, but the enforcer does not answer: see its log"
+_MEANWHILE = "limits that are set stay in force; what is wanted anew is not enforced"
+_MEANWHILE_TOO_MUCH = "limits stay as they are, and no power is raised or given back"
 _SHOWN = 16  # pods named in one log line
 # What is said of the API comes with each message: this much of one is kept free for it.
 _API_CHARS = 300
@@ -117,6 +120,9 @@ class _Reports:
 
 class Publisher:
     """Owns the link to the enforcer; one thread runs it, others only look at it."""
+
+    socket = ""  # the path of the enforcer's, for the log
+    _dry_run: bool | None = None  # as the enforcer said last, None where it has not
 
     def __init__(  # noqa: PLR0913 - its parts
         self,
@@ -224,7 +230,7 @@ class Publisher:
     def _suspend(self, problem: str) -> None:
         """Only say so from now on: what is wanted cannot be told, and what was told is outdated."""
         if self.too_much is None:
-            self._log.error("snapshot_impossible", message=problem)
+            self._log.error("snapshot_impossible", message=problem, holds=_MEANWHILE_TOO_MUCH)
         self.too_much = problem
         self._snapshot = None
         self._pending.clear()
@@ -256,6 +262,8 @@ class Publisher:
         )
 
     def _take(self, reply: messages.Reply, now: float) -> None:
+        if isinstance(reply, messages.Report):
+            self._note_dry_run(reply.enforcer)
         self._heard = True
         self._owed_since = None
         match reply:
@@ -288,9 +296,18 @@ class Publisher:
             for arrived_at in _enforced(answered, report.pods):
                 self._counts.latency.observe(now - arrived_at)
 
+    def _note_dry_run(self, enforcer: messages.EnforcerStatus | None) -> None:
+        """Let each line say that it is a dry run, where it is one."""
+        if enforcer is None or enforcer.dry_run == self._dry_run:
+            return
+        if enforcer.dry_run or self._dry_run:
+            self._log.mark(dry_run=enforcer.dry_run)
+        self._dry_run = enforcer.dry_run
+
     def _refuse(self, code: str, problem: str) -> None:
         if self._refusal is None or code != self._refusal[0]:
-            self._log.error("enforcer_refuses", code=code, message=problem)
+            more = {"holds": _MEANWHILE, "next_try_s": HEARTBEAT_S}
+            self._log.error("enforcer_refuses", code=code, message=problem, **more)
         self._refusal = code, problem
 
     def _accepted(self) -> None:
@@ -302,8 +319,15 @@ class Publisher:
         silent_s = 0.0 if self._owed_since is None else now - self._owed_since
         if silent_s >= SILENT_S and not self._silence:
             self._silence, remedy = self._client.hindrance() or (_NO_ANSWER, _SEE_THE_LOG)
-            connected, why = self._client.connected, self._silence
-            self._log.warning("enforcer_silent", connected=connected, why=why, remedy=remedy)
+            self._log.warning(
+                "enforcer_silent",
+                connected=self._client.connected,
+                socket=self.socket,
+                why=self._silence,
+                remedy=remedy,
+                holds=_MEANWHILE,
+                next_try_s=HEARTBEAT_S,
+            )
         elif self._silence and self._owed_since is None:
             self._silence = ""
             self._log.info("enforcer_answers")
@@ -322,12 +346,17 @@ class Publisher:
             return
         watts = {f"{p.namespace}/{p.name}": format_watts(p.limit_mw) for p in changed[:_SHOWN]}
         names = [f"{p.namespace}/{p.name}" for p in gone[:_SHOWN]]
-        self._log.info("wanted", **sizes, watts=watts, gone=names)
+        shown = [*changed[:_SHOWN], *gone[:_SHOWN]]
+        uids = {f"{p.namespace}/{p.name}": p.uid for p in shown}
+        # Only the enforcer knows whether what is wanted is going to be written.
+        unknown = {"dry_run": None} if self._dry_run is None else {}
+        self._log.info("wanted", **sizes, watts=watts, gone=names, uids=uids, **unknown)
         for pod in [pod for pod in changed if pod.limit_mw is None][:_SHOWN]:
             wish = pods[pod.uid].wish
             problem = wish.problem if wish is not None else ""
-            place = {"namespace": pod.namespace, "pod": pod.name}
-            self._log.warning("annotation_unusable", **place, value=pod.raw, problem=problem)
+            place = {"namespace": pod.namespace, "pod": pod.name, "uid": pod.uid}
+            said = {"value": pod.raw, "problem": problem, "holds": _UNUSABLE}
+            self._log.warning("annotation_unusable", **place, **said)
 
     def link(self, now: float) -> Link:
         """Return how the enforcer is doing, for the metrics."""

@@ -52,6 +52,10 @@ _DIGITS = 39  # versions are 128 bits at most (KEP-5504)
 
 Offer = Callable[[Mapping[str, Pod], float | None], None]
 
+# What is so while the API cannot be asked.
+_HOLDS = "the pods and limits that it told of last go on holding"
+_HOLDS_UNLISTED = "there is no list of pods yet, so no limit is set, raised or given back"
+
 
 class Answer(Protocol):
     """What `kube.Answer` offers."""
@@ -271,6 +275,8 @@ class Reflector:
     `listed`, `problem` and `turned_at`.
     """
 
+    address = ""  # the API server's, for the log
+
     def __init__(  # noqa: PLR0913 - its parts
         self,
         api: Api,
@@ -470,10 +476,6 @@ class Reflector:
         self._counts.watch_restarts[judged.cause] += 1
         if judged.lasted:
             self._recovered(now_s)
-        if judged.cause == "expired":
-            self._log.debug("watch_expired", message=str(error))
-        elif error is not None:
-            self._say(state, error, now_s)
         self._pace = self._pace.after(
             judged,
             now_s,
@@ -481,6 +483,10 @@ class Reflector:
             share=random.uniform(0.5, 1.0),  # noqa: S311 - not a secret
             least_s=0.0 if error is None else error.retry_after_s,
         )
+        if judged.cause == "expired":
+            self._log.debug("watch_expired", message=str(error))
+        elif error is not None:
+            self._say(state, error, now_s)
         self._stop.wait(self._pace.wait_s)
         return after_end(state, error, judged)
 
@@ -499,8 +505,14 @@ class Reflector:
         before = self._trouble
         self._trouble = Trouble(text, kind, now_s if before is None else before.since_s)
         if before is None or before.kind != kind:
-            doing = "list" if isinstance(state, Listing | Relisting) else "watch"
-            self._log.warning("kubernetes_failing", doing=doing, message=text)
+            self._log.warning(
+                "kubernetes_failing",
+                doing="list" if isinstance(state, Listing | Relisting) else "watch",
+                api=self.address,
+                message=text,
+                holds=_HOLDS if self.listed else _HOLDS_UNLISTED,
+                next_try_s=round(self._pace.wait_s, 3),
+            )
 
     def _recovered(self, now_s: float) -> None:
         trouble, self._trouble = self._trouble, None

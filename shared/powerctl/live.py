@@ -109,9 +109,12 @@ def _follow(subscriber: Subscriber, run_dir: Path, timeout_s: float, *, as_json:
 
 
 def _learn(names: dict[str, str], event: messages.Event, run_dir: Path, timeout_s: float) -> None:
-    """Ask for the names of the pods of `event`, once for each; a pod that is gone keeps its uid."""
-    if isinstance(event, messages.GpuEvent) and not names.keys() >= set(event.pods):
-        names.update((uid, tables.escape(uid)) for uid in event.pods)
+    """Learn how the pods of `event` are called: it tells, or whoever sent it is asked once."""
+    if not isinstance(event, messages.GpuEvent):
+        return
+    names |= tables.event_names(event)
+    if not names.keys() >= set(event.pods):
+        names.update((uid, tables.escape(uid)) for uid in event.pods if uid not in names)
         with suppress(UnreachableError):
             names |= tables.pod_names(
                 ask(run_dir, messages.Status(), messages.StatusReply, timeout_s)

@@ -70,6 +70,12 @@ def pod_names(reply: messages.StatusReply) -> dict[str, str]:
     return {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in reply.pods}
 
 
+def event_names(event: messages.GpuEvent) -> dict[str, str]:
+    """Return namespace/name by uid of those pods of an event that it names."""
+    named = [pod for pod in event.pod_names if pod.name is not None]
+    return {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in named}
+
+
 def named(text: str, names: dict[str, str]) -> str:
     """Return `text`, safe for a terminal, with the names of pods in place of their uids."""
     text = escape(text)
@@ -169,6 +175,9 @@ def event(message: messages.Event, names: dict[str, str]) -> str:
 
 def _change(message: messages.GpuEvent) -> str:
     text = f"GPU {message.uuid if message.index is None else message.index}"
+    if message.index is not None and message.pci:
+        text += f" ({message.pci})"
+    text += ", dry run," if message.dry_run else ""
     if not isinstance(message, messages.GpuLost | messages.GpuBack):
         text += f" {watts(message.from_mw)} -> {watts(message.to_mw)}"
         text += f" ({message.reason})" if message.reason else ""

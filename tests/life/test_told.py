@@ -1,4 +1,4 @@
-"""What log and events tell of the enforcer's life: who, which GPU, how many watts, and what holds."""
+"""What log and events tell of the enforcer's life: who, which GPU, which limit, what holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from enforcer.device import Board
 from shared import messages as m
 from tests.life.life import Life
 
@@ -23,7 +24,7 @@ def states(life: Life) -> list[object]:
 
 
 def with_a_pod(tmp_path: Path, watts: float = 350, **settings: str) -> Life:
-    life = Life(tmp_path, gpus=2, **settings)
+    life = Life(tmp_path, **settings)  # type: ignore[arg-type]
     life.run(A, 1)
     life.snapshot({A: watts})
     return life
@@ -94,8 +95,13 @@ def test_nothing_is_said_to_be_set_where_nothing_was_written(
 def test_a_change_that_was_mended_before_it_could_be_is_no_drift(tmp_path: Path) -> None:
     life = with_a_pod(tmp_path)
     reads = life.device.limit_mw
+
+    def mended(board: Board) -> int:
+        life.board(1).limit_mw = 350_000
+        return reads(board)
+
     life.board(1).limit_mw = 500_000
-    life.device.limit_mw = lambda board: life.device.set_limit(board, 350_000) or reads(board)  # type: ignore[method-assign, func-returns-value]
+    life.device.limit_mw = mended  # type: ignore[method-assign]
     life.pass_s(16)
     assert life.status().counters.drifts == 0
     assert life.log.events("limit_drifted") == []
@@ -112,6 +118,7 @@ def test_a_refused_write_is_a_failed_gpu_and_the_line_says_what_holds(tmp_path: 
     assert line["holds"] == "its limit is 700 W meanwhile"
     assert line["next_try_s"] == 1
     assert states(life) == ["failed"]
+    assert only(life, "gpu_state")["why"] == f"not done: 350 W: asked by pod {CALLED}"
     life.pass_s(100)
     assert states(life) == ["failed"]
     life.board(1).faults.clear()
@@ -328,7 +335,7 @@ def test_a_watcher_without_a_list_is_told_apart(tmp_path: Path) -> None:
         life.pass_s(2)
     line = only(life, "watcher_silent")
     assert line["why"] == (
-        "it has no pods to tell since this start: pods are not listed yet; connection refused"
+        "it has no pods to tell since this start: pods are not listed yet; the API: connection refused"
     )
 
 

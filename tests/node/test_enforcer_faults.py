@@ -142,7 +142,7 @@ def test_a_standard_output_that_nobody_drains_costs_lines_and_no_limit() -> None
         output.drain()
         node.snapshot({A: 400})
         node.wait_limit(400)
-        said, *after = output.lines(lambda got: any(line.get("to_mw") == 400_000 for line in got))
+        said, *after = output.lines(lambda got: any(line.get("to_watts") == 400 for line in got))
         assert (said["level"], said["event"]) == ("warning", "log_lines_dropped")
         assert said["count"] > 3  # how it began, and each of the limits
         assert "log_lines_dropped" not in [line["event"] for line in after]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.enforcer_harness import REPOSITORY, EnforcerNode
+from tests.node.enforcer_harness import REPOSITORY, EnforcerNode, pod_uid
 
 # Every setting's own words are tested with the settings; here, that the process ends so.
 WRONG = {
@@ -18,6 +18,7 @@ WRONG = {
     "conflict-alone": ({"conflict": "safe-default"}, "POWER_AGENT_SAFE_DEFAULT", "safe-default"),
     "lease": ({"lease": "release"}, "POWER_AGENT_LEASE", "release"),
     "lease-short": ({"lease": "release:1"}, "POWER_AGENT_LEASE", "heartbeats"),
+    "misspelt": ({"minwatts": "200"}, "POWER_AGENT_MINWATTS", "POWER_AGENT_MIN_WATTS"),
     "uid": ({"watcher_uid": "watcher"}, "POWER_AGENT_WATCHER_UID", "watcher"),
     "scan-zero": ({"scan_seconds": "0"}, "POWER_AGENT_SCAN_SECONDS", "0"),
     "run-dir-long": ({"run_dir": "/tmp/" + "x" * 200}, "POWER_AGENT_RUN_DIR", "xxx"),
@@ -43,6 +44,40 @@ def test_a_wrong_setting_is_one_line_and_exit_status_2(
         assert variable in said
         assert value in said
         assert node.log_text() == ""
+
+
+def test_the_start_tells_what_it_works_by_and_how_many_gpus_there_are() -> None:
+    with EnforcerNode(gpus=3, min_watts="250.5", dry_run="true", pod_labels="a=b") as node:
+        node.start()
+        (line,) = node.logs("started")
+        assert (line["gpus"], line["owned"], line["dry_run"]) == (3, 0, True)
+        assert line["settings"]["POWER_AGENT_MIN_WATTS"] == "250.5"
+        assert (
+            line["settings"]["POWER_AGENT_SCAN_SECONDS"]
+            == node.settings["POWER_AGENT_SCAN_SECONDS"]
+        )
+        assert line["settings"]["POWER_AGENT_MAX_WATTS"] is None
+        assert line["settings"]["POWER_AGENT_ON_EXIT"] == "restore"
+        (warning,) = node.logs("setting_unknown")
+        assert (warning["level"], "POWER_AGENT_POD_LABELS" in warning["why"]) == ("warning", True)
+
+
+def test_a_start_without_nvml_knows_no_number_of_gpus() -> None:
+    with EnforcerNode() as node:
+        node.gpus.driver_missing()
+        node.start()
+        assert node.logs("started")[0]["gpus"] is None
+
+
+def test_an_end_that_leaves_limits_says_which() -> None:
+    with EnforcerNode(on_exit="hold") as node:
+        node.start()
+        node.run_pod(pod_uid(1))
+        node.snapshot({pod_uid(1): 350})
+        node.stop()
+        (line,) = node.logs("stopped")
+        assert (line["still_owned"], line["watts"]) == (1, {node.gpus[0].uuid: 350})
+        assert "stay in force" in line["holds"]
 
 
 def test_a_socket_path_that_is_a_directory_is_refused() -> None:

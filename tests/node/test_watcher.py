@@ -546,6 +546,7 @@ def test_a_proxy_is_told_at_the_start_and_in_errors_without_its_password(
     assert started["proxy"] == f"http://{address}"
     (said, *_) = node.logs("kubernetes_failing")
     assert f"(through the proxy http://{address})" in said["message"]
+    assert said["api"] == started["api"]
     assert f"(through the proxy http://{address})" in node.page("/readyz")[1]
     assert "s3cr3t" not in str(node.logs()) + node.errors + node.page("/readyz")[1]
 

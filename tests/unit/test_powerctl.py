@@ -998,6 +998,13 @@ def test_events_json_is_one_object_a_line(run_dir: Path) -> None:
         assert ended(process) == 0
 
 
+def test_events_names_a_pod_that_only_the_event_knows(run_dir: Path) -> None:
+    gone = messages.PodName(uid=UID_A, namespace="team-b", name="gone\x1b")
+    names: dict[str, str] = {}
+    live._learn(names, an_event(pod_names=[gone]), run_dir, 0.02)  # nobody could be asked
+    assert names == {UID_A: r"team-b/gone\x1b"}
+
+
 def test_events_ends_when_its_reader_has_gone_even_if_nothing_happens(run_dir: Path) -> None:
     with (
         responding(run_dir, answering(reply())) as responder,
@@ -1056,6 +1063,10 @@ def test_events_ends_when_a_pipe_closes_between_two_lines(run_dir: Path) -> None
                 reason="lost",
             ),
             "gpu_lost GPU GPU-9: off the bus",
+        ),
+        (
+            an_event(ts=0, pci="00000000:3B:00.0", dry_run=True, pods=[], message=""),
+            "limit_set GPU 0 (00000000:3B:00.0), dry run, 700 W -> 350 W (acquire)",
         ),
     ],
 )

@@ -753,6 +753,54 @@ def test_a_change_is_told_with_watts_and_one_line_names_few_of_many(subject: Sub
     assert values["gone"] == ["default/x"]
 
 
+def test_pods_are_named_with_their_uids_also_when_they_have_gone(subject: Subject) -> None:
+    subject.settle(pod("uid-x", "1", name="x"))
+    subject.offer(pod("uid-a", "350", name="a"), pod("uid-b", "350W", name="b"))
+    subject.step()
+    (_, wanted), (_, unusable) = subject.log.lines
+    uids = {"default/a": "uid-a", "default/b": "uid-b", "default/x": "uid-x"}
+    assert wanted["uids"] == uids
+    assert (unusable["namespace"], unusable["pod"], unusable["uid"]) == ("default", "b", "uid-b")
+    assert "goes on holding" in str(unusable["holds"])
+
+
+def enforcer(*, dry_run: bool) -> m.EnforcerStatus:
+    return m.EnforcerStatus(
+        version="1",
+        pid=1,
+        dry_run=dry_run,
+        min_mw=None,
+        max_mw=None,
+        conflict="lowest",
+        cgroup_roots=[],
+        ledger="/l",
+    )
+
+
+def test_what_is_wanted_is_told_with_whether_it_is_written(subject: Subject) -> None:
+    subject.link.connect()
+    subject.offer(pod("a", "1"))
+    sent = subject.step()[-1]
+    assert dict(subject.log.lines)["wanted"]["dry_run"] is None  # who writes was not asked yet
+    for dry_run in (True, False):
+        told = msgspec.structs.replace(subject.report(sent), enforcer=enforcer(dry_run=dry_run))
+        subject.step(told)
+        subject.log.take()
+        subject.offer(pod("a", f"{3 + dry_run}"))
+        (sent,) = subject.step()
+        assert dict(subject.log.lines)["wanted"]["dry_run"] is dry_run
+
+
+def test_a_silent_enforcer_is_told_with_its_socket_and_what_holds(subject: Subject) -> None:
+    subject.publisher.socket = "/run/x/control.sock"
+    subject.offer(pod("a", "300"))
+    subject.step()
+    subject.step(after_s=8.0)
+    line = dict(subject.log.lines)["enforcer_silent"]
+    assert (line["socket"], line["next_try_s"]) == ("/run/x/control.sock", 2)
+    assert "limits that are set stay in force" in str(line["holds"])
+
+
 def test_a_thousand_wrong_pods_are_no_storm(subject: Subject) -> None:
     subject.settle()
     subject.offer(*[pod(f"u{number}", "x") for number in range(1000)])

@@ -447,7 +447,10 @@ def test_api_down_at_start_offers_nothing_until_it_lists(
     subject.wait_for({"a": "350"})
     assert (subject.reflector.listed, subject.offers) == (True, [{"a": "350"}])
     until(lambda: subject.log.of("kubernetes_answers"), "the end of the outage said")
-    assert len(subject.log.of("kubernetes_failing")) == 1  # though it tried more than once
+    (said,) = subject.log.of("kubernetes_failing")  # though it tried more than once
+    assert isinstance(said["next_try_s"], float)
+    assert said["next_try_s"] > 0
+    assert "no list of pods yet" in str(said["holds"])
 
 
 def test_retry_after_is_obeyed(api: KubeApi, start: Start) -> None:
