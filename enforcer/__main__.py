@@ -70,7 +70,8 @@ def main() -> int:
 
 def _say_started(log: Log, agent: Agent, owned: int, roots: tuple[str, ...]) -> None:
     """Say what this start works by, and look around: to open NVML may take half a minute."""
-    log.info("starting", version=__version__)
+    opening = "it may take half a minute, and nobody is answered meanwhile"
+    log.info("nvml", state="opening", why=opening, version=__version__)
     for line in settings.unread_here(EnforcerSettings):
         log.warning("setting_unknown", why=line)
     log.info(

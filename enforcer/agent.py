@@ -87,8 +87,6 @@ class Agent:
         self._announcer = Announcer(
             log, world.server, world.clock, self._roster, dry_run=config.dry_run
         )
-        if ledger.notes is None and not ledger.entries:
-            ledger.remember(ledger.beside, Notes())  # from here on what it does not say is not so
         adopted = _adopted(ledger)
         self._fleet = Fleet(adopted, world.device, world.source, world.bus, world.clock)
         self._agenda = Agenda.begin(config.scan_s, config.reconcile_s, world.clock.now_s())
@@ -292,6 +290,7 @@ class Agent:
         """Write the ledger; where that fails no new GPU is taken, and owned ones are still kept."""
         fault = ""
         try:
+            self._ledger.begin_notes()
             self._ledger.store(entries)
         except LedgerError as error:
             fault = str(error)

@@ -168,9 +168,17 @@ class Ledger:
         if beside != self.beside:
             self.beside = beside
             self._write_over(_BESIDE, _BESIDE_NEXT, msgspec.json.encode(beside))
-        if notes != self.notes:
-            self.notes = notes
-            self._write_over(_NOTES, _NOTES_NEXT, msgspec.json.encode(notes))
+        if notes != (self.notes or Notes()):
+            self._note(notes)
+
+    def begin_notes(self) -> None:
+        """Begin the notes before the first entry: from here on, what they do not say is not so."""
+        if self.notes is None and not self.entries:
+            self._note(Notes())
+
+    def _note(self, notes: Notes) -> None:
+        self.notes = notes
+        self._write_over(_NOTES, _NOTES_NEXT, msgspec.json.encode(notes))
 
     def _write_over(self, name: str, first: str, text: bytes) -> None:
         with contextlib.suppress(OSError):

@@ -136,7 +136,8 @@ class Nvml:
                 faults.append(f"GPU {index}: {error}")
                 continue
             facts, missing = _facts(handle)
-            faults += [f"GPU {index}: {error}" for error in missing]
+            which = uuid if facts.pci is None else f"{uuid} at {facts.pci}"
+            faults += [f"GPU {index}: {error}; it is {which}" for error in missing]
             minor = _number(pynvml.nvmlDeviceGetMinorNumber, handle)
             boards.append(Board(uuid, index, handle, facts, minor))
         return Listing(tuple(boards), tuple(faults))
