@@ -242,6 +242,18 @@ def test_pods_suffer_too_where_nothing_is_owned(tmp_path: Path) -> None:
     assert (line["pods"], line["dry_run"]) == ([CALLED], True)
 
 
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_a_pod_that_left_the_gpu_does_not_suffer(tmp_path: Path, dry_run: str) -> None:
+    life = with_a_pod(tmp_path, dry_run=dry_run)
+    for pid in list(life.proc.owners):
+        life.end(pid)
+    life.snapshot({})
+    life.pass_s(2)
+    life.device.vanish("GPU-1")
+    life.pass_s(3)
+    assert only(life, "gpu_lost")["pods"] == []
+
+
 def test_a_gpu_that_is_owned_and_never_seen_is_told_with_its_pods(tmp_path: Path) -> None:
     life = with_a_pod(tmp_path)
     life.device.vanish("GPU-1")
