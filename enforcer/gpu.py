@@ -468,7 +468,8 @@ def shown(gpu: Gpu) -> tuple[GpuState, str]:
 def news(gpu: Gpu) -> Gpu:
     """Return the GPU with its state as told, which is another one where there is news.
 
-    In a dry run another limit that it would have is news too: no other line tells of it.
+    In a dry run, or while it is paused, another limit that it would have is news too: no other line
+    tells of it.
     """
     if gpu.decision is UNDECIDED or isinstance(gpu.where, Unseen):
         return gpu

@@ -346,9 +346,8 @@ def test_a_watcher_without_a_list_is_told_apart(tmp_path: Path) -> None:
         life.deliver(m.Unlisted(session="s", node="n", why=why, api_error="connection refused"))
         life.pass_s(2)
     line = only(life, "watcher_silent")
-    assert line["why"] == (
-        "it has no pods to tell since this start: pods are not listed yet; the API: connection refused"
-    )
+    told = "pods are not listed yet; the API: connection refused"
+    assert line["why"] == f"it has no pods to tell since this start: {told}"
 
 
 def test_a_slow_driver_is_no_silent_watcher(tmp_path: Path) -> None:
