@@ -465,6 +465,7 @@ def test_where_nobody_drains_their_output_both_go_on_and_say_later_what_is_missi
         node.start()
         pod = node.add_pod("trainer", limit=350, gpus=[0])
         node.wait_for_limit(0, 350)
+        node.status()  # it answers when it has said, or dropped, what there is to say of that
         for output in outputs.values():
             output.drain()
         node.annotate(pod, 300)
