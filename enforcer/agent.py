@@ -386,6 +386,7 @@ class Agent:
         """Answer everybody who waits, from the last reading."""
         snapshot, watcher = self._desk.snapshot, self._desk.watcher()
         gpus = report.records(self._fleet, self._ledger.entries, self._desk.desired())
+        gpus = report.with_names(gpus, self._roster)
         asked = snapshot.pods if snapshot else ()
         # Without a driver no process uses it.
         faults = "ok" if self._me.nvml == "absent" else self._me.nvml_message

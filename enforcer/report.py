@@ -13,6 +13,7 @@ from enforcer.desk import Tally
 from enforcer.driver import Open, Refused
 from enforcer.gpu import Gpu, Present
 from enforcer.policy import Desired, Owned
+from enforcer.roster import Roster
 from enforcer.settings import EnforcerSettings
 from enforcer.sources import Sighting
 from shared import __version__
@@ -52,6 +53,11 @@ def records(gpus: Iterable[Gpu], owned: Mapping[str, Owned], desired: Desired) -
     """Return the record of each GPU, in the driver's order, those that do not answer last."""
     found = [record(gpu, owned.get(gpu.uuid), desired) for gpu in gpus]
     return sorted(found, key=lambda gpu: (gpu.index is None, gpu.index, gpu.uuid))
+
+
+def with_names(gpus: Iterable[m.Gpu], roster: Roster) -> list[m.Gpu]:
+    """Return the records with how their pods are called, also of those that are gone."""
+    return [msgspec.structs.replace(gpu, pod_names=roster.named(gpu.pods)) for gpu in gpus]
 
 
 def record(gpu: Gpu, owned: Owned | None, desired: Desired) -> m.Gpu:

@@ -106,6 +106,18 @@ class Assigned(Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class PodName(Struct, frozen=True, kw_only=True):
+    """enforcer -> anyone: how a pod is called, null where the enforcer never heard it."""
+
+    uid: str
+    namespace: str | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        """Return `namespace/name (uid)`, or the uid alone."""
+        return pod_text(self.namespace, self.name, self.uid) if self.name else self.uid
+
+
 class Gpu(Struct, frozen=True, kw_only=True):
     """enforcer -> reader: one GPU; values not known are null."""
 
@@ -125,6 +137,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
     target_mw: int | None = None
     wanted_mw: int | None = None  # as target_mw, and in a dry run what it would be
     pods: list[str] = []
+    pod_names: list[PodName] = []  # of `pods`, also of those that are gone
     state: GpuState = "free"
     reason: str = "not looked at yet"
     processes: list[Process] = []
@@ -249,18 +262,6 @@ class Error(_Message, frozen=True, kw_only=True, tag="error"):
 class _Event(_Message, frozen=True, kw_only=True):
     ts: float
     message: str
-
-
-class PodName(Struct, frozen=True, kw_only=True):
-    """enforcer -> listeners: how a pod is called, null where the enforcer never heard it."""
-
-    uid: str
-    namespace: str | None = None
-    name: str | None = None
-
-    def __str__(self) -> str:
-        """Return `namespace/name (uid)`, or the uid alone."""
-        return pod_text(self.namespace, self.name, self.uid) if self.name else self.uid
 
 
 class GpuEvent(_Event, frozen=True, kw_only=True):

@@ -34,6 +34,16 @@ def test_a_limit_is_set_changed_and_given_back(life: Life) -> None:
     assert life.on_disk() == {}
 
 
+def test_a_pod_that_has_gone_keeps_its_name_while_a_gpu_is_kept_for_it(life: Life) -> None:
+    life.run(A)
+    life.snapshot({A: 300})
+    life.snapshot({})  # gone for the API, and its processes still run
+    life.pass_s(1)
+    [name] = life.gpu().pod_names
+    assert (life.gpu().state, life.status().pods) == ("held", [])
+    assert (name.uid, name.namespace, name.name) == (A, "default", A)
+
+
 # ---- the session ----
 
 
