@@ -7,18 +7,15 @@ silence, and every GPU would look idle (I5).
 import ctypes
 import errno
 import os
-import re
 from pathlib import Path
 
 from enforcer import cgroups
+from shared.confinement import label, may_join, who_refused
 
 _CLONE_NEWCGROUP = 0x02000000  # linux/sched.h
-# Opening pid 1's namespace takes the first (ptrace(2), PTRACE_MODE_READ), entering it the second.
-_SYS_PTRACE, _SYS_ADMIN = 19, 21  # linux/capability.h
 _SHOWN_CHARS = 200
+_SELF = Path("/proc/self")
 _GENERATIONS = 64  # from this process up to the one that pid 1 has taken over
-# user:role:type:level, and a level may have categories. AppArmor's namespaces have colons too.
-_SELINUX = re.compile(r"[^:()]+:[^:()]+:[^:()]+:s[0-9].*")
 _NO_POD = "the own cgroup shows no pod, so this is not the host's view"
 
 
@@ -114,24 +111,11 @@ def _shows_nothing(own: bytes) -> bool:
 def _remedy(hindrance: OSError | None) -> str:
     """Return what to do where pid 1's cgroup namespace could not be joined, by what refused it."""
     refused = hindrance is not None and hindrance.errno in (errno.EACCES, errno.EPERM)
-    if hindrance is None or not refused or not _may_join():
+    if hindrance is None or not refused or not may_join(_SELF):
         return "set hostPID: true, and run privileged, or grant CAP_SYS_ADMIN and CAP_SYS_PTRACE"
-    by, remedy = _who_refused(hindrance, _label())
+    by, remedy = who_refused(hindrance, label(_SELF))
     held = "CAP_SYS_PTRACE and CAP_SYS_ADMIN are held"
     return f"the host's cgroup namespace is refused though {held}, by {by}: {remedy}"
-
-
-def _who_refused(hindrance: OSError, label: str) -> tuple[str, str]:
-    """Return what refused it, and the remedy; `label` is what AppArmor or SELinux calls us."""
-    if hindrance.errno == errno.EPERM:  # not from opening but from setns: a filter (seccomp(2))
-        return "seccomp", "set seccompProfile: RuntimeDefault, or allow setns in the profile"
-    if label == "unconfined":
-        return "a user namespace", "set hostUsers: true, and run the node itself outside of one"
-    if _SELINUX.fullmatch(label):
-        return f"SELinux ({label})", "set seLinuxOptions {type: spc_t, level: s0} for the enforcer"
-    by = f"AppArmor ({label})" if label else "AppArmor or SELinux (no label)"
-    field = "its securityContext: appArmorProfile {type: Unconfined}"
-    return by, f"set appArmorProfile: Unconfined for the enforcer ({field})"
 
 
 def _why_no_pod(own: bytes) -> str:
@@ -141,20 +125,3 @@ def _why_no_pod(own: bytes) -> str:
     cause = "a kubelet with --cgroups-per-qos=false gives pods none, and they cannot be told apart"
     remedy = "set that to true, or name the parents of kubepods in POWER_AGENT_CGROUP_ROOT"
     return f"{why}: {cause}; {remedy}; and set hostPID: true"
-
-
-def _may_join() -> bool:
-    """Tell whether both capabilities are held that joining takes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            held = int(line.split()[1], 16)
-            return bool(held >> _SYS_PTRACE & 1 and held >> _SYS_ADMIN & 1)
-    return False
-
-
-def _label() -> str:
-    """Return the label that AppArmor or SELinux gave this process, nothing where there is none."""
-    try:
-        return Path("/proc/self/attr/current").read_text().strip("\0\n ")
-    except (OSError, UnicodeDecodeError):
-        return ""

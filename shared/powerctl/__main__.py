@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 
 from shared import __version__, messages
-from shared.powerctl import doctor, live, tables
+from shared.powerctl import doctor, layout, live, missing, overview, tables, verdict
 from shared.powerctl.ask import Patience, UnreachableError, ask
-from shared.powerctl.explain import explain, near
+from shared.powerctl.explain import explain
 from shared.settings import DEFAULT_RUN_DIR, colour_from_environment, run_dir_from_environment
 
 # 2 is argparse's own
@@ -103,7 +103,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "subject",
                 metavar="SUBJECT",
-                help="NAMESPACE/NAME or uid of a pod, index or uuid of a GPU",
+                help="NAMESPACE/NAME or uid of a pod; index, uuid or PCI address of a GPU",
+            )
+            command.add_argument(
+                "-v",
+                "--verbose",
+                action="store_true",
+                help="with the cgroup lines by which each process is known",
             )
         if name != "top":
             command.add_argument("--json", action="store_true", help="machine-readable output")
@@ -156,9 +162,9 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _paint() -> tables.Paint:
+def _paint() -> layout.Paint:
     wanted = sys.stdout.isatty() and colour_from_environment()
-    return tables.coloured if wanted else tables.plain
+    return layout.coloured if wanted else layout.plain
 
 
 def _print(lines: list[str]) -> None:
@@ -186,23 +192,23 @@ def _status(arguments: argparse.Namespace) -> int:
         value = msgspec.to_builtins(reply)
         _print_json({key: value[key] for key in value if key not in ("type", "v")})
     else:
-        _print(tables.status(reply, _paint()))
-    return NOT_WELL if tables.problems(reply) else GOOD
+        _print(overview.status(reply, _paint(), layout.terminal_width()))
+    return NOT_WELL if verdict.problems(reply) else GOOD
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     reply = _ask_status(arguments)
-    explanation = explain(reply, arguments.subject)
+    explanation = explain(
+        reply, arguments.subject, layout.terminal_width(), verbose=arguments.verbose
+    )
     if explanation is None:
-        likely = near(reply, arguments.subject)
-        hint = f"like it: {', '.join(likely)}" if likely else "powerctl status lists what is known"
-        live.note(f"no annotated pod and no GPU is called {arguments.subject!r}; {hint}")
+        live.note(missing.why(reply, arguments.subject))
         return NOT_WELL
     if arguments.json:
         _print_json(explanation)
     else:
         _print(explanation.text)
-    return NOT_WELL if tables.faults(explanation.gpus, explanation.pods) else GOOD
+    return NOT_WELL if verdict.faults(explanation.gpus, explanation.pods) else GOOD
 
 
 def _top(arguments: argparse.Namespace) -> int:
@@ -243,7 +249,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"checks": checks})
     else:
-        _print(doctor.lines(checks, _paint()))
+        _print(doctor.lines(checks, _paint(), layout.terminal_width()))
     if not answered:
         return UNREACHABLE
     return NOT_WELL if any(check.result == "fail" for check in checks) else GOOD

@@ -13,7 +13,6 @@ import msgspec
 
 from shared import messages
 from shared.client import Client
-from shared.powerctl.check import WAITS
 from shared.sockets import TransportError, control_path, hindrance, open_control
 
 R = TypeVar("R", bound=messages.Reply)
@@ -28,10 +27,15 @@ class Patience:
 
 
 class UnreachableError(Exception):
-    """The enforcer gives no usable answer; `remedy` is what helps. `busy`: it is there."""
+    """The enforcer gives no usable answer; `remedy` is what helps. `busy`: it is there.
 
-    def __init__(self, reason: str, remedy: str, *, busy: bool = False) -> None:
-        super().__init__(f"{reason}; {remedy}")
+    `unclear`: the cause is not in the reason, and the doctor can find it.
+    """
+
+    def __init__(
+        self, reason: str, remedy: str, *, busy: bool = False, unclear: bool = False
+    ) -> None:
+        super().__init__(f"{reason}; {remedy}" + ("; powerctl doctor finds out" if unclear else ""))
         self.reason = reason
         self.remedy = remedy
         self.busy = busy
@@ -103,15 +107,17 @@ def _why_unanswered(run_dir: Path, timeout_s: float) -> UnreachableError:
     except TimeoutError:
         return UnreachableError(
             f"no answer at {path} within {timeout_s:g} s",
-            "the enforcer is stopped or overloaded: look at its log, restart it",
+            "the enforcer is stopped or overloaded: restart it",
+            unclear=True,
         )
     except OSError as error:
         return _no_connection(path, error)
     if greeting:
         return UnreachableError(
             f"{path} is open but gave no answer within {timeout_s:g} s",
-            "the enforcer is busy or hangs: try a longer --timeout, look at its log, restart it",
+            "the enforcer is busy or hangs: try a longer --timeout, or restart it",
             busy=True,
+            unclear=True,
         )
     uid = os.geteuid()
     return UnreachableError(
@@ -124,13 +130,11 @@ def _no_connection(path: Path, error: OSError) -> UnreachableError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return UnreachableError(
             f"no socket at {path}",
-            "start the enforcer, or name its directory with --socket or POWER_AGENT_RUN_DIR; "
-            + WAITS,
+            "start the enforcer, or name its directory with --socket or POWER_AGENT_RUN_DIR",
+            unclear=True,
         )
     why, remedy = hindrance(path, error)
-    if error.errno == errno.ECONNREFUSED:
-        remedy += "; " + WAITS
-    return UnreachableError(why, remedy)
+    return UnreachableError(why, remedy, unclear=error.errno == errno.ECONNREFUSED)
 
 
 def _refused(reply: messages.Error) -> UnreachableError:

@@ -4,9 +4,8 @@ from typing import Literal
 
 import msgspec
 
-LOG = "look at the enforcer's log"
-# An enforcer that waits for the ledger's lock has no sockets yet.
-WAITS = "or it waits for another agent on this node, see its log"
+# What a remedy says where another check of the same list has the cause.
+PROCESS = "`enforcer process`, below, tells what it does"
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

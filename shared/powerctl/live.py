@@ -16,6 +16,8 @@ from shared import messages
 from shared.client import Subscriber
 from shared.powerctl import tables
 from shared.powerctl.ask import Patience, UnreachableError, ask
+from shared.powerctl.layout import Paint, terminal_width, wrapped
+from shared.powerctl.overview import status
 
 _REFRESH_S = 1.0
 _SLICE_S = 0.25  # how soon a closed pipe is noticed while nothing happens
@@ -38,9 +40,13 @@ def screen() -> Iterator[None]:
         sys.stdout.flush()
 
 
-def top(run_dir: Path, timeout_s: float, busy_s: float, paint: tables.Paint) -> None:
+def top(run_dir: Path, timeout_s: float, busy_s: float, paint: Paint) -> None:
     """Show the status, refreshed each second, until interrupted; goes on without the enforcer."""
-    patience = Patience(busy_s, lambda text: _draw([tables.escape(text)])) if busy_s else None
+
+    def say(text: str) -> None:
+        _draw(wrapped(tables.escape(text), terminal_width()))
+
+    patience = Patience(busy_s, say) if busy_s else None
     with screen():
         while True:
             began = time.monotonic()
@@ -48,28 +54,28 @@ def top(run_dir: Path, timeout_s: float, busy_s: float, paint: tables.Paint) -> 
             time.sleep(max(0.0, _REFRESH_S - (time.monotonic() - began)))
 
 
-def _frame(
-    run_dir: Path, timeout_s: float, patience: Patience | None, paint: tables.Paint
-) -> list[str]:
+def _frame(run_dir: Path, timeout_s: float, patience: Patience | None, paint: Paint) -> list[str]:
     try:
         reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)
     except UnreachableError as error:
+        width = terminal_width()
         return [
             paint("enforcer not reachable", "fail"),
-            tables.escape(f"  {error.reason}"),
-            tables.escape(f"  {error.remedy}"),
+            *wrapped(tables.escape(error.reason), width, "  "),
+            *wrapped(tables.escape(error.remedy), width, "  "),
             "",
             "asking again each second; Ctrl-C ends",
         ]
-    return tables.status(reply, paint)
+    return status(reply, paint, terminal_width())
 
 
 def _draw(lines: list[str]) -> None:
     rows = max(1, shutil.get_terminal_size().lines - 1)
     if len(lines) > rows:
         lines = [*lines[: rows - 1], f"... {len(lines) - rows + 1} more lines: powerctl status"]
-    # Each line clears what the last frame left behind it: no flicker.
-    sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\r\n" for line in lines) + "\x1b[J")
+    # Each line clears what the last frame left: no flicker. It does so first, since behind a line
+    # as wide as the terminal the cursor still stands on its last character.
+    sys.stdout.write("\x1b[H" + "".join(f"\x1b[K{line}\r\n" for line in lines) + "\x1b[J")
     sys.stdout.flush()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from shared import messages
 from shared.modes import READ_AND_WRITE, lets_in
 from shared.nodes import CAP_DAC_OVERRIDE, DENIED, DEV, LOST, described, device_nodes
-from shared.powerctl.check import LOG, WAITS, Check, fail, warn
+from shared.powerctl.check import PROCESS, Check, fail, warn
 from shared.settings import without_password
 from shared.sockets import PULSE_OLDEST_S, control_path, events_path, pulse_path
 
@@ -30,8 +30,7 @@ def directory(run_dir: Path) -> Check:
         return fail(
             name,
             f"{run_dir}: {error.strerror}",
-            "start the enforcer, which makes it, or name it with --socket or POWER_AGENT_RUN_DIR; "
-            + WAITS,
+            "the enforcer makes it; name another with --socket or POWER_AGENT_RUN_DIR; " + PROCESS,
         )
     mode = stat.S_IMODE(found.st_mode)
     seen = f"{run_dir}, owner uid {found.st_uid}, mode {mode:o}"
@@ -51,7 +50,7 @@ def sockets(run_dir: Path) -> Iterator[Check]:
         try:
             is_socket = stat.S_ISSOCK(path.stat().st_mode)
         except OSError as error:
-            yield fail(path.name, f"{path}: {error.strerror}", "start the enforcer; " + WAITS)
+            yield fail(path.name, f"{path}: {error.strerror}", "the enforcer makes it; " + PROCESS)
             continue
         if is_socket:
             yield Check(name=path.name, seen="there")
@@ -189,7 +188,12 @@ def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: b
         try:
             json.loads(text)
         except ValueError:
-            return fail(name, f"{path} is no JSON", f"{LOG}: it moves a damaged ledger aside")
+            return fail(
+                name,
+                f"{path} is no JSON",
+                "somebody else wrote it: the enforcer writes it anew with its next change; one "
+                "that starts before moves it aside and takes the generation before it",
+            )
         return Check(name=name, seen=f"{path}, {len(text)} bytes, {managed} GPUs managed")
     if managed and not reply.enforcer.dry_run:
         return fail(

@@ -6,23 +6,45 @@ from collections.abc import Iterator
 
 from shared import messages
 from shared.nodes import LOST
-from shared.powerctl.check import LOG, Check, fail, warn
-from shared.powerctl.tables import cgroup_lines, duration, gpu_label, watts
+from shared.powerctl import watcher_checks
+from shared.powerctl.check import Check, fail, warn
+from shared.powerctl.tables import cgroup_lines, gpu_label, plural, watts
 
 _SAMPLES = 5
 _XID = "nvidia-smi and dmesg (Xid) on the node"
+_PERMISSION = "NO_PERMISSION"
+_ABOVE = "{}, above, has the cause and the remedy"
+# What the reason of a held or failed GPU means for whoever repairs it: the first that is in it.
+# The words are those of policy.py, gpu.py and NVML.
+_REMEDIES = (
+    ("process list", _ABOVE.format("`process lists`")),
+    ("belongs to a pod", _ABOVE.format("`unknown owners`")),
+    ("watcher", _ABOVE.format("`watcher`")),
+    ("no snapshot", _ABOVE.format("`watcher`")),
+    (_PERMISSION, _ABOVE.format("`NVML permission`")),
+    ("not taken:", _ABOVE.format("`ledger`")),
+    ("takes no power limit", "keep annotated pods off this board: it has no limit to set"),
+    ("NOT_SUPPORTED", "keep annotated pods off this board: its driver or model takes no limit"),
+    ("yet it reads", "another program or the board sets it back: nvidia-smi -q -d POWER, the BMC"),
+    ("safe default", "give POWER_AGENT_SAFE_DEFAULT watts that this board takes, or a share of it"),
+)
 _MEANWHILE = (
     "meanwhile these GPUs are held, and a pod gets its limit there only by the kubelet's "
     "assignment (POWER_AGENT_KUBELET_DIR)"
 )
 
 
-def from_reply(reply: messages.StatusReply, sys_admin: bool | None = None) -> list[Check]:
-    """Return the checks of the enforcer's answer; `sys_admin` is what `node_checks` saw of it."""
+def from_reply(
+    reply: messages.StatusReply,
+    sys_admin: bool | None = None,
+    watchers: watcher_checks.Sight = watcher_checks.NOTHING,
+) -> list[Check]:
+    """Return the checks of the answer; the rest is what `node_checks` and the like saw."""
     return [
         nvml(reply.enforcer),
         permission(reply, sys_admin),
-        watcher_link(reply.watcher),
+        watcher_checks.link(reply.watcher, reply.counters, watchers),
+        watcher_checks.api(reply.watcher, watchers),
         cgroup_driver(reply),
         kubelet(reply),
         process_lists(reply),
@@ -66,28 +88,25 @@ def permission(reply: messages.StatusReply, sys_admin: bool | None) -> Check:
         for error, count in gpu.write_failures.items()
         if "permission" in error.lower()
     )
-    if refused:
-        return fail(name, f"{refused} writes were refused for lack of permission", remedy)
+    # A count is of all time. What matters is whether the last try of a GPU was refused.
+    now = [gpu for gpu in reply.gpus if gpu.state == "failed" and _PERMISSION in gpu.reason]
+    if now or (refused and not written):
+        labels = ", ".join(gpu_label(gpu) for gpu in now)
+        seen = f"GPU {labels}: the last write was refused" if now else f"{refused} were refused"
+        if sys_admin:
+            remedy = (
+                "CAP_SYS_ADMIN is held, but not in the node's first user namespace, where it "
+                "counts: no hostUsers: false; else `device nodes`, above"
+            )
+        return fail(name, f"{seen} for lack of permission, {written} limits written", remedy)
     if sys_admin is False and not written:
         return fail(name, "the enforcer runs without CAP_SYS_ADMIN", remedy)
     if sys_admin is None and not written:
         seen = "no limit was written yet, and the enforcer's capabilities cannot be seen from here"
         return warn(name, seen, "run powerctl doctor in the enforcer's container")
     held = "CAP_SYS_ADMIN is there, " if sys_admin else ""
-    return Check(name=name, seen=f"{held}{written} limits written, none refused")
-
-
-def watcher_link(watcher: messages.WatcherStatus) -> Check:
-    """Check that what the pods ask for arrives."""
-    heard = "never heard" if watcher.age_s is None else f"heard {duration(watcher.age_s)} ago"
-    if watcher.connected:
-        return Check(name="watcher", seen=f"connected, revision {watcher.revision}, {heard}")
-    return fail(
-        "watcher",
-        f"not connected, {heard}",
-        "look at the watcher's log and /readyz; its uid must be POWER_AGENT_WATCHER_UID and its "
-        "POWER_AGENT_RUN_DIR the enforcer's",
-    )
+    past = f"{refused} refused before, none of them the last" if refused else "none refused"
+    return Check(name=name, seen=f"{held}{written} limits written, {past}")
 
 
 def cgroup_driver(reply: messages.StatusReply) -> Check:
@@ -167,7 +186,10 @@ def owners(reply: messages.StatusReply) -> Iterator[Check]:
         if not found:
             yield Check(name=name, seen="none")
         elif owner == "unknown":
-            remedy = "their GPUs are held as they are; check that /proc is the host's, and the log"
+            remedy = (
+                "their GPUs are held as they are until these end; where they are pods, "
+                " POWER_AGENT_PROC_ROOT must be the host's proc, mounted without hidepid"
+            )
             yield warn(name, f"{len(found)} on GPUs: {samples}", remedy)
         elif astray:
             roots = ", ".join(reply.enforcer.cgroup_roots) or "none"
@@ -183,9 +205,8 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
     """Check each GPU's state, and that what was set is what holds."""
     wrong = [gpu for gpu in reply.gpus if gpu.state in ("held", "failed", "lost")]
     for gpu in wrong:
-        remedy = _XID if gpu.state == "lost" else LOG
-        if gpu.reason.startswith("paused"):
-            remedy = "`brake`, below"
+        paused = gpu.reason.startswith("paused")
+        remedy = "`brake`, below" if paused else _remedy(gpu)
         yield fail(f"GPU {gpu_label(gpu)}", f"{gpu.state}: {gpu.reason}", remedy)
     if not wrong:
         yield Check(name="GPUs", seen=f"{len(reply.gpus)} known, none failed, lost or held")
@@ -198,6 +219,13 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
                 "a stronger limiter acts (thermal, power supply, the module's, out-of-band): "
                 "nvidia-smi -q -d POWER,PERFORMANCE and the BMC's settings",
             )
+
+
+def _remedy(gpu: messages.Gpu) -> str:
+    found = [remedy for words, remedy in _REMEDIES if words in gpu.reason]
+    if found and gpu.state != "lost":
+        return found[0]
+    return f"{_XID}; powerctl explain {gpu_label(gpu)} shows what holds meanwhile"
 
 
 def persistence(reply: messages.StatusReply) -> Check:
@@ -240,13 +268,17 @@ def brake(reply: messages.StatusReply) -> Check:
 
 
 def denied(counters: messages.Counters) -> Check:
-    """Warn where somebody was refused."""
+    """Warn where somebody was refused since the start."""
+    name, refused = "refused messages", counters.refused_connections
     seen = f"{counters.denied} denied, {counters.malformed} malformed, {counters.stale} stale"
-    if counters.denied or counters.malformed:
-        return warn(
-            "refused messages",
-            seen,
-            "powerctl events and the enforcer's log say whose; a mistaken watcher: check "
-            "POWER_AGENT_WATCHER_UID and that both containers run the same version",
-        )
-    return Check(name="refused messages", seen=seen)
+    seen += f", {plural(refused, 'connection')} closed, since the enforcer started"
+    if not (counters.denied or counters.malformed or refused):
+        return Check(name=name, seen=seen)
+    if counters.malformed:
+        return warn(name, seen, "run both containers from the same image; powerctl events: whose")
+    return warn(
+        name,
+        seen,
+        "powerctl events shows whose, as they come; nothing comes: it is over. Whoever should be "
+        "heard: POWER_AGENT_WATCHER_UID is the watcher's, POWER_AGENT_READER_UIDS are readers'",
+    )

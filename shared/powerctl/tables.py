@@ -1,48 +1,24 @@
 """Status and events as text for people. Pure; all that came over the socket is escaped."""
 
 import re
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from shared import messages
+from shared.powerctl.layout import STICKY, WIDTH, Column, Paint, plain, ranges, table, wrapped
 from shared.units import format_watts
 
-Paint = Callable[[str, str], str]
-
-WIDTH = 100
 # Real uids have 36 characters, or 32 (static pods). A made-up short one such as `a` would be
 # replaced in the middle of words.
 _UID_CHARS = 32
-_BAD_GPU = ("held", "failed", "lost")
-_COLOURS = {
-    "managed": "32",
-    "enforced": "32",
-    "ok": "32",
-    "clamped": "33",
-    "conflict": "33",
-    "waiting": "33",
-    "invalid": "33",
-    "warn": "33",
-    "held": "1;33",
-    "failed": "1;31",
-    "lost": "1;31",
-    "fail": "1;31",
-}
+# What is left of a uid and of a GPU's UUID in a table: eight hexadecimal digits tell them apart.
+_UID_SHOWN = 8
+_UUID_SHOWN = len("GPU-") + 8
+# An answer shows no more of a GPU's processes.
+_MOST_PROCESSES = 32
 # Printable ASCII only: escape sequences, bidirectional overrides and look-alike letters of other
 # scripts become visible, and every character is one column wide.
 _UNPRINTABLE = re.compile(r"[^ -~]")
-
-
-def plain(text: str, _state: str) -> str:
-    """Return `text` as it is."""
-    return text
-
-
-def coloured(text: str, state: str) -> str:
-    """Return `text` in the colour of `state`, for terminals."""
-    colour = _COLOURS.get(state)
-    return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
 def escape(text: str) -> str:
@@ -66,8 +42,16 @@ def duration(seconds: float) -> str:
 
 
 def pod_names(reply: messages.StatusReply) -> dict[str, str]:
-    """Return namespace/name by uid."""
-    return {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in reply.pods}
+    """Return namespace/name by uid, also of pods that have gone and are still spoken of."""
+    now = {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in reply.pods}
+    return gone_names(reply) | now
+
+
+def gone_names(reply: messages.StatusReply) -> dict[str, str]:
+    """Return namespace/name by uid of pods that are not there any more, but a GPU is kept for."""
+    here = {pod.uid for pod in reply.pods}
+    told = [pod for gpu in reply.gpus for pod in gpu.pod_names if pod.name and pod.uid not in here]
+    return {pod.uid: escape(f"{pod.namespace}/{pod.name}") for pod in told}
 
 
 def event_names(event: messages.GpuEvent) -> dict[str, str]:
@@ -98,65 +82,55 @@ def cgroup_lines(evidence: str) -> str:
 
 
 def gpu_label(gpu: messages.Gpu) -> str:
-    """Return how one names this GPU: its index, or its uuid while it has none."""
-    return escape(gpu.uuid) if gpu.index is None else str(gpu.index)
+    """Return how one names this GPU in short: its index, or while it has none its uuid's head."""
+    return escape(gpu.uuid)[:_UUID_SHOWN] if gpu.index is None else str(gpu.index)
 
 
-def problems(reply: messages.StatusReply) -> list[str]:
-    """Return what is not as it should be, one line each."""
-    found = []
-    # `ok` with another message: some GPUs can be used and others not.
-    if (reply.enforcer.nvml, reply.enforcer.nvml_message) != ("ok", "ok"):
-        found.append(f"NVML is {reply.enforcer.nvml}: {reply.enforcer.nvml_message}")
-    if not reply.watcher.connected:
-        found.append(f"watcher is not connected, last heard: {_heard(reply.watcher)}")
-    if (why := reply.enforcer.paused) is not None:
-        found.append(f"paused{why and f' ({why})'}: no limit of this node is written")
-    names = pod_names(reply)
-    return [named(line, names) for line in found + faults(reply.gpus, reply.pods)]
+def short_pci(pci: str | None) -> str:
+    """Return a PCI address as lspci and the kernel's log write it, with a domain of four digits."""
+    return "-" if pci is None else escape(pci).removeprefix("0000").lower()
 
 
-def faults(gpus: Iterable[messages.Gpu], pods: Iterable[messages.Pod]) -> list[str]:
-    """Return which of these is not as it should be, one line each, as the enforcer words it."""
-    found = [
-        f"GPU {gpu_label(gpu)} is {gpu.state}: {gpu.reason}"
-        for gpu in sorted(gpus, key=_gpu_order)
-        if gpu.state in _BAD_GPU
-    ]
-    found += [
-        f"pod {pod.namespace}/{pod.name} is failed: {pod.reason}"
-        for pod in sorted(pods, key=_pod_order)
-        if pod.state == "failed"
-    ]
+def plural(count: int, noun: str) -> str:
+    """Return so many of them in words."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}es" if noun.endswith("s") else f"{count} {noun}s"
+
+
+def gpu_order(gpu: messages.Gpu) -> tuple[bool, int, str]:
+    """Sort GPUs by index, those without one last."""
+    return (gpu.index is None, gpu.index or 0, gpu.uuid)
+
+
+def pod_order(pod: messages.Pod) -> tuple[str, str, str]:
+    """Sort pods by name."""
+    return (pod.namespace, pod.name, pod.uid)
+
+
+def users(gpu: messages.Gpu, names: dict[str, str]) -> list[str]:
+    """Return who is on a GPU: pods by name, and how many processes of others."""
+    owners = {process.owner for process in gpu.processes}
+    pods = [*gpu.pods, *sorted(owners & names.keys() - set(gpu.pods))]
+    found = [names.get(uid, f"pod {escape(uid)[:_UID_SHOWN]}") for uid in pods]
+    others = sum(1 for each in gpu.processes if each.pid and each.owner not in pods)
+    if others:
+        text = plural(others, "other process")
+        found.append(f"{text} or more" if len(gpu.processes) >= _MOST_PROCESSES else text)
+    if gpu.unread is not None:
+        found.append("processes unknown")
     return found
 
 
-def status(reply: messages.StatusReply, paint: Paint = plain) -> list[str]:
-    """Return the lines of `powerctl status`."""
-    lines = [*_header(reply), "", *_gpus(reply, paint), "", *_pods(reply, paint)]
-    wrong = problems(reply)
-    if wrong:
-        lines += ["", paint("not as it should be:", "fail")]
-        for problem in wrong:
-            lines += _note(problem, 2)
-    return lines
+def holds(pod: messages.Pod, gpus: Iterable[messages.Gpu]) -> int | None:
+    """Return the lowest limit that is held for a pod, None where none is."""
+    mine = [gpu.limit_mw for gpu in gpus if gpu.uuid in pod.gpus and _is_held(gpu)]
+    return min((limit for limit in mine if limit is not None), default=None)
 
 
-def table(
-    rows: Sequence[Sequence[str]], right: Iterable[int], state: int, paint: Paint
-) -> list[str]:
-    """Return `rows` (the first is the heading) aligned; the last column is not padded."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        cells[-1] = row[-1]
-        cells[state] = paint(cells[state], row[state])
-        lines.append("  ".join(cells).rstrip())
-    return lines
+def _is_held(gpu: messages.Gpu) -> bool:
+    """Tell whether a GPU has a limit of ours: entered is not yet set, where that is refused."""
+    return gpu.managed and (gpu.limit_mw != gpu.original_mw or gpu.limit_mw == gpu.target_mw)
 
 
 def event(message: messages.Event, names: dict[str, str]) -> str:
@@ -184,82 +158,116 @@ def _change(message: messages.GpuEvent) -> str:
     return text + (f" for {', '.join(message.pods)}" if message.pods else "")
 
 
-def _heard(watcher: messages.WatcherStatus) -> str:
-    return "never" if watcher.age_s is None else f"{duration(watcher.age_s)} ago"
-
-
-def _header(reply: messages.StatusReply) -> list[str]:
+def header(reply: messages.StatusReply) -> str:
+    """Return which agent answers, where, and to whom it is linked, to be wrapped between parts."""
     enforcer, watcher = reply.enforcer, reply.watcher
+    heard = "never heard" if watcher.age_s is None else f"{duration(watcher.age_s)} ago"
     parts = [
         f"power-agent {enforcer.version} on {enforcer.node or 'a node not yet named'}",
         f"NVML {enforcer.nvml}, driver {enforcer.driver_version or 'unknown'}",
-        f"watcher {'linked' if watcher.connected else 'NOT LINKED'}, {_heard(watcher)}",
+        f"watcher {'linked' if watcher.connected else 'NOT LINKED'}, {heard}",
         f"up {duration(enforcer.uptime_s)}",
     ]
-    lines = [escape(" | ".join(parts))]
-    if enforcer.dry_run:
-        lines.append("DRY RUN: limits are decided and reported, never written")
-    return lines
+    if watcher.api_age_s is not None:
+        parts.insert(3, f"API heard {duration(watcher.api_age_s)} ago")
+    return " | ".join(escape(part).replace(" ", STICKY) for part in parts)
 
 
-def _note(text: str, indent: int) -> list[str]:
-    blank = " " * indent
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=blank, subsequent_indent=blank + "  ", break_on_hyphens=False
-    )
+_GPU_COLUMNS = (
+    Column("GPU"),
+    Column("PCI", keep=3),
+    Column("STATE"),
+    Column("LIMIT", right=True),
+    Column("ENFORCED", right=True, keep=6),
+    Column("DRAW", right=True, keep=5),
+    Column("RANGE", keep=2),
+    Column("FOUND", right=True, keep=4),
+    Column("MODEL", keep=1),
+    Column("PODS"),
+)
 
 
-def _gpu_order(gpu: messages.Gpu) -> tuple[bool, int, str]:
-    return (gpu.index is None, gpu.index or 0, gpu.uuid)
-
-
-def _pod_order(pod: messages.Pod) -> tuple[str, str, str]:
-    return (pod.namespace, pod.name, pod.uid)
-
-
-def _gpus(reply: messages.StatusReply, paint: Paint) -> list[str]:
+def gpu_table(reply: messages.StatusReply, paint: Paint = plain, width: int = WIDTH) -> list[str]:
+    """Return the lines of the GPUs' table."""
     if not reply.gpus:
         return ["no GPU is known"]
     names = pod_names(reply)
-    rows = [["GPU", "STATE", "LIMIT", "ENFORCED", "DRAW", "RANGE", "FOUND", "MODEL", "PODS"]]
-    for gpu in sorted(reply.gpus, key=_gpu_order):
-        draw = "-" if gpu.power_mw is None else f"{gpu.power_mw / 1000:.0f} W"
-        bounds = f"{format_watts(gpu.min_mw)}-{format_watts(gpu.max_mw)}"
-        known = gpu.min_mw is not None and gpu.max_mw is not None
-        rows.append(
-            [
-                gpu_label(gpu),
-                gpu.state,
-                watts(gpu.limit_mw),
-                watts(gpu.enforced_mw),
-                draw,
-                bounds if known else "-",
-                watts(gpu.original_mw),
-                escape((gpu.name or "-").removeprefix("NVIDIA "))[:20],
-                ", ".join(names.get(uid, escape(uid)) for uid in gpu.pods) or "-",
-            ]
-        )
-    return table(rows, right=(2, 3, 4, 6), state=1, paint=paint)
-
-
-def _pods(reply: messages.StatusReply, paint: Paint) -> list[str]:
-    if not reply.pods:
-        return ["no annotated pod on this node"]
-    pods = sorted(reply.pods, key=_pod_order)
-    labels, names = {gpu.uuid: gpu_label(gpu) for gpu in reply.gpus}, pod_names(reply)
-    rows = [["STATE", "ASKED", "HOLDS", "GPUS", "POD"]]
-    for pod in pods:
-        asked = watts(pod.requested_mw)
-        if pod.requested_mw is None:
-            asked = f'"{escape(pod.raw)}"'
-            asked = asked if len(asked) <= 14 else f'{asked[:11]}.."'
-        gpus = ",".join(labels.get(uuid, escape(uuid)) for uuid in pod.gpus) or "-"
-        rows.append([pod.state, asked, watts(pod.effective_mw), gpus, names[pod.uid]])
-    heading, *body = table(rows, right=(1, 2), state=0, paint=paint)
-    lines = [heading]
-    for pod, line in zip(pods, body, strict=True):
-        lines.append(line)
-        # A failed pod's reason stands below the tables, an enforced one's in `explain`.
-        if pod.state not in ("enforced", "failed") and pod.reason:
-            lines += _note(named(pod.reason, names), 10)
+    rows = [_gpu_row(gpu, names) for gpu in sorted(reply.gpus, key=gpu_order)]
+    columns = list(_GPU_COLUMNS)
+    if all(gpu.pci is None for gpu in reply.gpus):  # an enforcer that does not tell
+        del columns[1]
+        rows = [[row[0], *row[2:]] for row in rows]
+    state = [column.heading for column in columns].index("STATE")
+    made = table(columns, rows, state, paint, width)
+    lines = [line for row in made.rows for line in row]
+    if made.left_out:
+        where = "a wider terminal or powerctl explain shows them"
+        lines += wrapped(f"left out: {', '.join(made.left_out)}; {where}", width)
     return lines
+
+
+def _gpu_row(gpu: messages.Gpu, names: dict[str, str]) -> list[str]:
+    bounds = f"{format_watts(gpu.min_mw)}-{format_watts(gpu.max_mw)}"
+    known = gpu.min_mw is not None and gpu.max_mw is not None
+    # `free` is free of the agent. A reader takes it for idle.
+    used = gpu.state == "free" and bool(gpu.processes)
+    return [
+        gpu_label(gpu),
+        short_pci(gpu.pci),
+        "in use" if used else gpu.state,
+        watts(gpu.limit_mw),
+        watts(gpu.enforced_mw),
+        "-" if gpu.power_mw is None else f"{gpu.power_mw / 1000:.0f} W",
+        bounds if known else "-",
+        watts(gpu.original_mw),
+        escape((gpu.name or "-").removeprefix("NVIDIA "))[:20],
+        ", ".join(each.replace(" ", STICKY) for each in users(gpu, names)) or "-",
+    ]
+
+
+_POD_COLUMNS = (
+    Column("STATE"),
+    Column("ASKED", right=True),
+    Column("HOLDS", right=True),
+    Column("GPUS", keep=1),
+    Column("POD"),
+)
+
+
+def pod_table(
+    reply: messages.StatusReply,
+    paint: Paint = plain,
+    width: int = WIDTH,
+    told: Iterable[str] = (),
+) -> list[str]:
+    """Return the lines of the pods' table, with reasons but for pods in a state of `told`."""
+    if not reply.pods:
+        unheard = reply.watcher.age_s is None
+        return ["no pod is known" if unheard else "no annotated pod on this node"]
+    pods = sorted(reply.pods, key=pod_order)
+    names = pod_names(reply)
+    made = table(_POD_COLUMNS, [_pod_row(pod, reply) for pod in pods], 0, paint, width)
+    heading, *body = made.rows
+    lines = list(heading)
+    for pod, row in zip(pods, body, strict=True):
+        lines += row
+        if pod.state not in told and pod.reason:
+            lines += wrapped(named(pod.reason, names), width, " " * 10, " " * 12)
+    return lines
+
+
+def _pod_row(pod: messages.Pod, reply: messages.StatusReply) -> list[str]:
+    asked = watts(pod.requested_mw)
+    if pod.requested_mw is None:
+        asked = f'"{escape(pod.raw)}"'
+        asked = asked if len(asked) <= 14 else f'{asked[:11]}.."'
+    held_mw = holds(pod, reply.gpus)
+    name = escape(f"{pod.namespace}/{pod.name}")
+    return [pod.state, asked, "" if held_mw is None else watts(held_mw), _gpus_of(pod, reply), name]
+
+
+def _gpus_of(pod: messages.Pod, reply: messages.StatusReply) -> str:
+    mine = [gpu for gpu in reply.gpus if gpu.uuid in pod.gpus]
+    text = [ranges(gpu.index for gpu in mine if gpu.index is not None)]
+    text += [gpu_label(gpu) for gpu in mine if gpu.index is None]
+    return ",".join(filter(None, text)) or "-"

@@ -415,8 +415,8 @@ def test_a_refusal_in_spite_of_both_capabilities_names_what_refused(
     monkeypatch: pytest.MonkeyPatch, number: int, label: str, who: str, remedy: str
 ) -> None:
     """The kernel's modules cannot be had here: what they answer is made up, and only that."""
-    monkeypatch.setattr(sight, "_may_join", lambda: True)
-    monkeypatch.setattr(sight, "_label", lambda: label)
+    monkeypatch.setattr(sight, "may_join", lambda _process: True)
+    monkeypatch.setattr(sight, "label", lambda _process: label)
     text = sight._remedy(OSError(number, os.strerror(number)))
     assert f", by {who}" in text or f", by a {who}" in text
     assert remedy in text
@@ -425,8 +425,8 @@ def test_a_refusal_in_spite_of_both_capabilities_names_what_refused(
 
 
 def test_a_refusal_for_want_of_a_capability_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sight, "_may_join", lambda: False)
-    monkeypatch.setattr(sight, "_label", lambda: "cri-containerd.apparmor.d (enforce)")
+    monkeypatch.setattr(sight, "may_join", lambda _process: False)
+    monkeypatch.setattr(sight, "label", lambda _process: "cri-containerd.apparmor.d (enforce)")
     text = sight._remedy(OSError(errno.EACCES, "Permission denied"))
     assert "CAP_SYS_ADMIN and CAP_SYS_PTRACE" in text
     assert "AppArmor" not in text
