@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.node.conftest import MakeNode
+from tests.simnode import __main__ as command_line
+from tests.simnode import mishaps
 from tests.simnode.node import FAST, SimNode
 from tests.simnode.programs import children_of
 from tests.simnode.reachable import ROOT, WATCHER_UID, as_user, base_folder
@@ -117,20 +119,67 @@ def test_ctrl_c_leaves_nothing_behind(up: Callable[..., Up]) -> None:
 
 
 def test_up_says_how_to_reach_it(up: Callable[..., Up]) -> None:
-    node = up("--gpus", "1", "--model", "L4")
-    kubectl, powerctl = (
-        re.search(rf"^.*{name} .*$", node.text, re.MULTILINE) for name in ("annotate", "explain")
-    )
-    assert kubectl
-    assert powerctl
+    wishes = ("--set", "POWER_AGENT_DRY_RUN=true", "--fault", "pod-invalid", "--fault", "stranger")
+    node = up("--gpus", "1", "--model", "L4", *wishes)
+    exports = re.findall(r"^export .*$", node.text, re.MULTILINE)
+    assert len(exports) == len(set(exports)) == 3
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        [line] = re.findall(rf"^{command}.*$", node.text, re.MULTILINE)
+        script = "\n".join([*exports, line])
+        return subprocess.run(script, shell=True, capture_output=True, check=False, text=True)
+
     if shutil.which("kubectl"):
-        subprocess.run(kubectl[0], shell=True, check=True, capture_output=True, timeout=HANG_S)
-    done = subprocess.run(powerctl[0], shell=True, capture_output=True, check=False, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "worker-0" in done.stdout
+        assert run("kubectl annotate").returncode == 0
+    assert "mistyped" in run("powerctl explain").stdout
+    status = run("powerctl status")
+    assert status.returncode == (0 if shutil.which("kubectl") else 1)  # mended by then
+    verdict, *_ = status.stdout.split("\n\n")
+    assert re.match(r"[0-9] of 2 pods have what they asked for; default/", verdict)
+    assert "DRY RUN" in verdict
+    assert re.search(r"[0-9] other process", status.stdout)
+    assert "fault       stranger: a process of the host runs on it" in node.text
+    if shutil.which("curl"):
+        assert "power_agent_build_info" in run("curl").stdout
     node.process.send_signal(signal.SIGTERM)
     assert ended(node.process) == 0
     node.assert_gone()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "POWER_AGENT_DRYRUN=true"], "did you mean POWER_AGENT_DRY_RUN?"),
+        (["--set", "POWER_AGENT_DRY_RUN"], "is not NAME=VALUE"),
+        (["--set", "POWER_AGENT_DRY_RUN=maybe"], "neither true nor false"),
+        (["--set", "POWER_AGENT_CONFLICT=safe-default"], "POWER_AGENT_SAFE_DEFAULT"),
+        (["--set", "POWER_AGENT_RUN_DIR=/tmp"], "is the simulated node's own"),
+        (["--fault", "earthquake"], "'earthquake' is none of: api-down, "),
+        (["--fault", "api-down=1"], "a fault of the whole node"),
+        (["--fault", "gpu-lost=x"], "comes the number of a GPU"),
+        (["--fault", "gpu-lost=4"], "there is no GPU 4, only 0 to 3"),
+    ],
+)
+def test_what_it_cannot_set_or_play_is_refused_with_what_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simnode", "up", *arguments])
+    with pytest.raises(SystemExit) as ended_with:
+        command_line.main()
+    assert ended_with.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(mishaps.MISHAPS))
+def test_each_fault_can_be_played(make_node: MakeNode, name: str) -> None:
+    """On a node whose agent does not run: only what needs it is left out."""
+    if name.endswith("-hangs") and not name.startswith("api"):
+        pytest.skip("stops a program of the agent")
+    node = make_node(start=False)
+    mishaps.ordered(name).play(node)
 
 
 def test_up_overwrites_no_kubeconfig(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from shared.powerctl import tables
 from shared.powerctl.ask import UnreachableError
+from shared.powerctl.layout import coloured, plain, terminal_width, wrapped
 from shared.powerctl.live import screen
+from shared.powerctl.overview import status
 from tests.simnode.node import ANNOTATION, SimNode
 
 _REFRESH_S = 1.0
@@ -20,25 +21,29 @@ _PAINT = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def how_to_reach(node: SimNode, kubeconfig: Path) -> list[str]:
-    """Commands for a second terminal, from any folder."""
+    """Lines for a second terminal, from any folder: what to export once, and commands."""
     pod = next((name for _, name in sorted(node.pods)), "POD")
-    kubectl = f"{_kubectl()} --kubeconfig {shlex.quote(str(kubeconfig))}"
-    powerctl = shlex.quote(str(Path(sys.executable).with_name("powerctl")))
+    programs = [str(Path(sys.executable).parent), *_kubectl_folder()]
+    metrics = node.metrics_url
     return [
-        f"{kubectl} get pods",
-        f"{kubectl} annotate pod {pod} {ANNOTATION}=300 --overwrite",
-        f"{kubectl} delete pod {pod}",
-        f"{powerctl} explain default/{pod} --socket {node.run_dir}",
-        f"{powerctl} events --socket {node.run_dir}",
+        f"export PATH={shlex.quote(':'.join(programs))}:$PATH",
+        f"export KUBECONFIG={shlex.quote(str(kubeconfig))}",
+        f"export POWER_AGENT_RUN_DIR={shlex.quote(str(node.run_dir))}",
+        "kubectl get pods",
+        f"kubectl annotate pod {pod} {ANNOTATION}=300 --overwrite",
+        f"kubectl delete pod {pod}",
+        *([f"curl -s {metrics}"] if metrics else ["# metrics: off"]),
+        "powerctl status",
+        f"powerctl explain default/{pod}",
+        "powerctl events",
     ]
 
 
-def _kubectl() -> str:
-    """The one beside the real API server where the shell has none."""
-    beside = Path(os.environ.get("KUBEBUILDER_ASSETS") or "/nonexistent") / "kubectl"
-    return (
-        shlex.quote(str(beside)) if beside.exists() and not shutil.which("kubectl") else "kubectl"
-    )
+def _kubectl_folder() -> list[str]:
+    """That of the real API server, where the shell has no kubectl of its own."""
+    assets = Path(os.environ.get("KUBEBUILDER_ASSETS") or "/nonexistent")
+    found = (assets / "kubectl").exists() and not shutil.which("kubectl")
+    return [str(assets)] if found else []
 
 
 def _fitting(lines: list[str], hints: list[str]) -> list[str]:
@@ -60,17 +65,17 @@ def _fitting(lines: list[str], hints: list[str]) -> list[str]:
 
 def watch(node: SimNode, kubeconfig: Path) -> None:
     """The table, refreshed each second, until interrupted."""
-    paint = tables.plain if "NO_COLOR" in os.environ else tables.coloured
+    paint = plain if "NO_COLOR" in os.environ else coloured
     with screen():
         while True:
             hints = ["", "From a second terminal (Ctrl-C here ends everything):", ""]
             hints += [f"  {line}" for line in how_to_reach(node, kubeconfig)]
             try:
-                lines = tables.status(node.status(2.0), paint)
+                lines = status(node.status(2.0), paint, terminal_width())
             except UnreachableError as error:
-                lines = [f"the enforcer does not answer: {error}"]
-            shown = [*_fitting(lines, hints), *hints]
-            text = "".join(f"{line}\x1b[K\r\n" for line in shown)
-            sys.stdout.write(f"\x1b[H{text}\x1b[J")
+                lines = wrapped(f"the enforcer does not answer: {error}", terminal_width())
+            text = "".join(f"\x1b[K{line}\r\n" for line in [*_fitting(lines, hints), *hints])
+            # The terminal wraps what is too wide, so that a command is copied whole.
+            sys.stdout.write(f"\x1b[?7h\x1b[H{text}\x1b[J")
             sys.stdout.flush()
             time.sleep(_REFRESH_S)

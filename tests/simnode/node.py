@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from shared.messages import Status, StatusReply
-from shared.powerctl import tables
+from shared.powerctl import overview
 from shared.powerctl.ask import UnreachableError, ask
 from shared.units import format_watts
 from tests.pages import page
@@ -197,14 +197,26 @@ class SimNode:
 
     # ------------------------------------------------------------------ the agent
 
-    def start(self) -> None:
-        """The agent, in the way that was chosen; returns when the enforcer has its snapshot."""
+    def start(self, *, linked: bool = True) -> None:
+        """The agent, in the way that was chosen; returns when the enforcer has its snapshot.
+
+        Without `linked`, when it answers: its watcher may have nothing to tell.
+        """
         if self.supervised:
             self.programs["supervisord"].start()
         else:
             self.start_enforcer()
             self.start_watcher()
-        self.wait_for_link()
+        if linked:
+            self.wait_for_link()
+        else:
+            self.wait_for(self._answers, "the enforcer")
+
+    def _answers(self) -> bool | None:
+        self._check_alive()
+        with contextlib.suppress(UnreachableError):
+            return bool(self.status(0.5))
+        return None
 
     def start_enforcer(self) -> None:
         self.programs["enforcer"].start()
@@ -379,6 +391,12 @@ class SimNode:
         assert found is not None
         return found
 
+    @property
+    def metrics_url(self) -> str | None:
+        """Where the watcher serves its metrics, None where it does not."""
+        host, colon, port = self.environment["POWER_AGENT_METRICS_ADDR"].rpartition(":")
+        return f"http://{host or 'localhost'}:{port}/metrics" if colon else None
+
     def page(self, path: str) -> tuple[int, str]:
         """(status, text) of a page of the watcher; status 0 where nobody answers."""
         return page(self.metrics_port, path)
@@ -404,7 +422,7 @@ class SimNode:
     def explain(self) -> str:
         """Hardware, status and the ends of all logs, for whoever reads a failure."""
         try:
-            status = "\n".join(tables.status(self.status(0.5)))
+            status = "\n".join(overview.status(self.status(0.5)))
         except UnreachableError as error:
             status = str(error)
         limits = ", ".join(f"{format_watts(limit)} W" for limit in self.limits_mw())

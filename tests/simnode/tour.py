@@ -339,3 +339,4 @@ def introduce(node: SimNode, paper: Paper) -> None:
     users = f"enforcer as uid 0, watcher as uid {node.watcher_uid}" if root else "all as this user"
     paper.say(f"    agent       under supervisord, {users}")
     paper.say(f"    workers     real processes, {node.place.described}")
+    paper.say(f"    metrics     {node.metrics_url or 'off'}")
