@@ -321,6 +321,11 @@ def _enforcer_gauges(report: messages.Report) -> Iterator[Metric]:
             "Whether limits are decided on and not written.",
             value=report.enforcer.dry_run,
         )
+        yield GaugeMetricFamily(
+            "power_agent_paused",
+            "Whether a person on the node has stopped all writing.",
+            value=report.enforcer.paused is not None,
+        )
 
 
 def _started(watcher_ts: float, report: messages.Report | None) -> Metric:

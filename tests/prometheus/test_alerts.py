@@ -312,6 +312,13 @@ CASES = [
         away=((20, 24),),
     ),
     Case(
+        "a person forgets a pause",
+        node_is("paused", (0, 5), (1, 50), (0, 0)),
+        {34: set(), 36: {"Paused"}, 54: {"Paused"}, 55.5: set()},
+        {"Paused": (AT_NODE, "Power Agent on n1 is paused")},
+        away=((42, 46),),
+    ),
+    Case(
         "another program writes limits",
         {of_gpu("power_agent_limit_writes_total", reason="drift"): counted(*spread(10, 20, 0.5))},
         {11: set(), 15: {"AnotherWriter"}, 29: {"AnotherWriter"}, 46: set()},

@@ -56,6 +56,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "power_agent_node_most_watts": ("gauge", set()),
     "power_agent_nvml_state": ("gauge", {"state"}),
     "power_agent_dry_run": ("gauge", set()),
+    "power_agent_paused": ("gauge", set()),
     "power_agent_refused_connections_total": ("counter", set()),
     "power_agent_report_age_seconds": ("gauge", set()),
     "power_agent_api_age_seconds": ("gauge", set()),
@@ -82,6 +83,7 @@ ENFORCER = m.EnforcerStatus(
     pid=1,
     started_ts=2e9,
     dry_run=True,
+    paused="",
     min_mw=None,
     max_mw=None,
     conflict="lowest",
@@ -289,6 +291,7 @@ def test_a_gpu_has_one_state_and_a_limit_that_was_refused_is_not_managed(state: 
 def test_what_the_enforcer_tells_of_itself_is_shown() -> None:
     found = page([gpu(wanted_mw=300_000)], [])
     assert found["power_agent_dry_run"].one() == 1
+    assert found["power_agent_paused"].one() == 1
     assert found["power_agent_gpu_target_limit_watts"].one(gpu="0", UUID="GPU-0") == 300
     assert found["power_agent_nvml_state"].one(state="ok") == 1
     assert found["power_agent_api_age_seconds"].one() == 61
