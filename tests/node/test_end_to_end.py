@@ -215,11 +215,11 @@ def test_unusable_values_keep_the_limit_and_are_said_once(node: SimNode) -> None
     pod = node.add_pod("trainer", limit=350, gpus=[0])
     node.wait_for_limit(0, 350)
     values = ["350W", "３５０", ""]
-    for value in values:
-        node.annotate(pod, value)
+    for raw in values:
+        node.annotate(pod, raw)
         node.wait_for(
-            lambda v=value: [(p.raw, p.state) for p in node.status().pods] == [(v, "invalid")],  # type: ignore[misc]
-            f"{value!r} heard",
+            lambda v=raw: [(p.raw, p.state) for p in node.status().pods] == [(v, "invalid")],  # type: ignore[misc]
+            f"{raw!r} heard",
         )
     node.stays(lambda: node.limit_mw(0) == 350_000, 0.3)
     warnings = [line for line in node.log_lines() if line["event"] == "annotation_unusable"]

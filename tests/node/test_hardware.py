@@ -181,7 +181,7 @@ UNKNOWN_FACTS: dict[str, tuple[Callable[[SimGpu], None], set[str]]] = {
         "min_mw", "max_mw", "limit_mw", "enforced_mw", "power_mw"}),
     "a name that is no text": (no_text, {"name"}),
     "no scopes": (lambda gpu: gpu.fault("nvmlDeviceGetFieldValues", error=3), {"power_scopes"}),
-    "no bus id": (lambda gpu: gpu.fault("nvmlDeviceGetPciInfo", error=999), {"bus_id"}),
+    "no bus id": (lambda gpu: gpu.fault("nvmlDeviceGetPciInfo", error=999), {"bus_id", "pci"}),
 }  # fmt: skip
 
 
