@@ -16,21 +16,30 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A control plane costs several seconds of both cores, and each worker that meets a test of
-# tests/kube has its own. So two workers share these files; helm's output is shared in the same way.
+# A control plane costs ten seconds of a core, and each worker that meets a test of tests/kube has
+# its own. So two workers share these files. What helm renders is shared in the same way.
 _TOGETHER = {
-    "tests/kube/test_end_to_end.py": "kube",
-    "tests/kube/test_controlplane.py": "kube",
-    "tests/kube/test_restored.py": "kube",
-    "tests/kube/test_admission.py": "kube",
+    "tests/kube/": "kube",
     "tests/kube/test_deploy.py": "kube, rendered",
+    "tests/kube/test_dynamo.py": "kube, rendered",
     "tests/kube/test_manifest.py": "kube, rendered",
     "tests/kube/test_platforms.py": "kube, rendered",
+    "tests/kube/test_assets.py": "assets",  # these two need none
+    "tests/kube/test_helm_assets.py": "helm assets",
     "tests/unit/test_chart.py": "chart",
     "tests/unit/test_platforms.py": "chart",
 }
-# What waits longest comes first, so that no worker begins with it when the others are done.
-_FIRST = ("tests/kube/", "tests/chaos/", "tests/node/")
+# What waits longest comes first: so no worker is left with it while the others have nothing to do.
+_FIRST = (
+    "tests/kube/",
+    "tests/node/test_watcher.py",
+    "tests/chaos/",
+    "tests/node/",
+    "tests/unit/test_reflector.py",
+    "tests/unit/test_powerctl.py",
+    "tests/unit/test_transport.py",
+    "tests/unit/test_supervised.py",
+)
 
 
 class _ByPlace(LoadFileScheduling):  # type: ignore[misc]
@@ -38,7 +47,8 @@ class _ByPlace(LoadFileScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return _TOGETHER.get(file, file)
+        folder = file[: file.rfind("/") + 1]
+        return _TOGETHER.get(file) or _TOGETHER.get(folder) or file
 
 
 @pytest.hookimpl(optionalhook=True)
