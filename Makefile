@@ -95,9 +95,11 @@ ROUNDS ?= 200
 SEED ?= 1
 chaos: setup ## kills, hostile clients and pods, faults at length: ROUNDS=200 SEED=1
 	@KUBEBUILDER_ASSETS="$${KUBEBUILDER_ASSETS:-$$($(PY) -m tests.kube.assets --if-cached)}" \
-	    CHAOS_ROUNDS=$(ROUNDS) CHAOS_SEED=$(SEED) LIVES=$(ROUNDS)0 \
+	    CHAOS_ROUNDS=$(ROUNDS) CHAOS_SEED=$(SEED) \
+	    LIVES=$(ROUNDS)0 CASES=$(ROUNDS)00 \
 	    $(PY) -m pytest -s --timeout 1200 \
-	    tests/chaos tests/life/test_any_life.py tests/kube/test_restored.py $(ARGS)
+	    tests/chaos tests/life/test_any_life.py tests/unit/test_policy_properties.py \
+	    tests/kube/test_restored.py $(ARGS)
 
 # atheris has no wheels for every platform and Python, so it is in no lock: without it, chance.
 SECONDS ?= 60

@@ -32,8 +32,13 @@ SERVED_S = 1.0 if WHOLE else HANG_S  # a short run measures nothing
 
 
 @contextmanager
-def attacked(node: EnforcerNode, *attacks: str, for_s: float) -> Iterator[list[int]]:
-    """Each attack as a process of the watcher's uid; afterwards the list has what each sent."""
+def attacked(
+    node: EnforcerNode, *attacks: str, for_s: float, to_the_end: bool = True
+) -> Iterator[list[int]]:
+    """Each attack as a process of the watcher's uid; afterwards the list has what each sent.
+
+    Not `to_the_end`: they are killed when the block is left.
+    """
     sent: list[int] = []
     arguments = [str(WATCHER), str(node.run_dir), str(for_s), str(SEED), A, B, GONE]
     attackers = [
@@ -47,7 +52,7 @@ def attacked(node: EnforcerNode, *attacks: str, for_s: float) -> Iterator[list[i
     ]
     try:
         yield sent
-        for attacker in attackers:
+        for attacker in attackers if to_the_end else ():
             told, _ = attacker.communicate(timeout=for_s + HANG_S)
             sent.append(int(told))
     finally:
@@ -214,9 +219,13 @@ def test_an_endless_multipart_message_is_bounded_in_memory_and_safe() -> None:
         serve_a_correct_one(node)
         node.wait_limit(333)
         memory, deaths = [0.0], 0
-        with attacked(node, "multipart", "multipart", for_s=max(4.0, HOSTILE_S / 2)) as sent:
-            end_s = time.monotonic() + max(3.5, HOSTILE_S / 2)
-            while time.monotonic() < end_s:
+        longest_s = HANG_S + HOSTILE_S
+        with attacked(node, "multipart", "multipart", for_s=longest_s, to_the_end=False):
+            began_s = time.monotonic()
+            # On a busy machine the attackers alone take seconds to start.
+            while (passed_s := time.monotonic() - began_s) < longest_s:
+                if passed_s > max(3.5, HOSTILE_S / 2) and max(memory) > 300:
+                    break
                 assert node.limit() == 333
                 assert node.owned() == {node.gpus[0].uuid: 650_000}
                 deaths += start_again_where_it_died(node)
@@ -230,7 +239,7 @@ def test_an_endless_multipart_message_is_bounded_in_memory_and_safe() -> None:
         assert node.stop() == 0
         assert node.limit() == 650
         check_sets(node, 0)
-        print(f"{sum(sent)} frames, {deaths} deaths, at most {max(memory):.0f} MiB")
+        print(f"{deaths} deaths, at most {max(memory):.0f} MiB")
 
 
 def start_again_where_it_died(node: EnforcerNode) -> bool:

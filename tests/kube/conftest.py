@@ -17,15 +17,18 @@ from tests.simnode.node import FAST, MANIFEST
 MakeNode = Callable[..., KubeNode]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     """What service accounts ask of the control plane."""
     return Audit(tmp_path_factory.mktemp("audit"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def controlplane(audit: Audit) -> Iterator[ControlPlane]:
-    """Started once; tests keep apart by using node and pod names of their own."""
+    """Started once, ended with the last test of the folder: an idle one takes a tenth of a core.
+
+    Tests keep apart by using node and pod names of their own.
+    """
     try:
         folder = assets.from_environment()
     except go_command.AssetsError as error:
@@ -37,7 +40,7 @@ def controlplane(audit: Audit) -> Iterator[ControlPlane]:
         yield kube
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(controlplane: ControlPlane) -> ControlPlane:
     """One in which the manifest is applied, as the README says; who changes it mends it."""
     controlplane.kubectl("apply", "-f", str(MANIFEST))

@@ -232,24 +232,6 @@ def test_a_revoked_token_holds_and_a_new_one_in_the_file_recovers(
     assert node.pid("watcher") == watcher
 
 
-def test_a_rotated_token_is_taken_up_unnoticed(make_node: MakeNode, audit: Audit) -> None:
-    """As the kubelet does it: the new one lies in the file long before the old one ends."""
-    node = make_node(wire=True)
-    pod = node.add_pod("trainer", limit=350, gpus=[0])
-    node.wait_for_limit(0, 350)
-    old = node.token_file.read_bytes()
-    revoke_token(node)
-    node.renew_token()
-    forget_tokens(node)
-    node.annotate(pod, 300)
-    node.wait_for_limit(0, 300)
-    assert not [text for text in logged(node, "kubernetes_failing") if "401" in text]
-    wait_for_watch(node, audit)
-    sent = bytes(node.wire.sent)
-    assert sent.count(b"Bearer " + old) >= 2
-    assert b"Bearer " + node.token_file.read_bytes() in sent
-
-
 @pytest.fixture
 def restored_rules(node_with_wire: KubeNode) -> Iterator[None]:
     """The manifest's rules are back after the test."""

@@ -65,32 +65,33 @@ def test_both_drivers_of_one_node_below_any_parent(
         assert f"roots {', '.join(node.workers.cgroup_roots)}" in said
 
 
+ELSEWHERE = (
+    "user.slice/user-1000.slice/user@1000.service/{misfit}",
+    "machine.slice/{misfit}",
+    "system.slice/nginx.service/{misfit}",
+    "docker/{container}/kubepods/burstable/pod{uid}/{container}",
+    "docker/{container}/system.slice/containerd.service/{misfit}",
+    "kubelet.slice/kubepods.slice/kubepods-burstable.slice/{misfit}",
+)
+
+
 @needs_root
 @pytest.mark.root
-@pytest.mark.parametrize(
-    "place",
-    [
-        "user.slice/user-1000.slice/user@1000.service/{misfit}",
-        "machine.slice/{misfit}",
-        "system.slice/nginx.service/{misfit}",
-        "docker/{container}/kubepods/burstable/pod{uid}/{container}",
-        "docker/{container}/system.slice/containerd.service/{misfit}",
-        "kubelet.slice/kubepods.slice/kubepods-burstable.slice/{misfit}",
-    ],
-)
-def test_i1_a_look_alike_elsewhere_is_nobodys(make_node: MakeNode, place: str) -> None:
-    node = make_node(driver="systemd")
+def test_i1_a_look_alike_elsewhere_is_nobodys(make_node: MakeNode) -> None:
+    """One for each place, and each on a GPU of its own."""
+    node = make_node(driver="systemd", gpus=1 + len(ELSEWHERE))
     victim = node.add_pod("victim", limit=300, gpus=[0])
-    cgroup = place.format(misfit=misfit(victim), uid=victim.cgroup_uid, container=CONTAINER)
-    worker = node.workers.in_cgroup(cgroup, [node.gpus[1]])
+    names = {"misfit": misfit(victim), "uid": victim.cgroup_uid, "container": CONTAINER}
+    for number, place in enumerate(ELSEWHERE, 1):
+        node.workers.in_cgroup(place.format(**names), [node.gpus[number]])
     node.wait_for_limit(0, 300)
 
-    def seen() -> bool:
-        return any(each.pid == worker.pid for each in node.status().gpus[1].processes)
+    def owners() -> list[list[str]]:
+        return [[each.owner for each in gpu.processes] for gpu in node.status().gpus[1:]]
 
-    node.wait_for(seen, "the look-alike on its GPU")
-    assert [each.owner for each in node.status().gpus[1].processes] == ["other"]
-    assert node.limit_mw(1) == FOUND_MW
+    node.wait_for(lambda: all(owners()), "each look-alike on its GPU")
+    assert owners() == [["other"]] * len(ELSEWHERE)
+    assert node.limits_mw()[1:] == [FOUND_MW] * len(ELSEWHERE)
 
 
 def test_a_pod_that_waits_names_the_processes_that_may_be_its_own(make_node: MakeNode) -> None:

@@ -181,19 +181,21 @@ UNKNOWN_FACTS: dict[str, tuple[Callable[[SimGpu], None], set[str]]] = {
         "min_mw", "max_mw", "limit_mw", "enforced_mw", "power_mw"}),
     "a name that is no text": (no_text, {"name"}),
     "no scopes": (lambda gpu: gpu.fault("nvmlDeviceGetFieldValues", error=3), {"power_scopes"}),
-    "no bus id": (lambda gpu: gpu.fault("nvmlDeviceGetPciInfo", error=999), {"bus_id"}),
+    "no bus id": (lambda gpu: gpu.fault("nvmlDeviceGetPciInfo", error=999), {"bus_id", "pci"}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", UNKNOWN_FACTS)
 def test_what_a_board_does_not_tell_is_null_and_the_rest_is_there(
-    machine: Machine, case: str
+    make_machine: MakeMachine,
 ) -> None:
-    change, unknown = UNKNOWN_FACTS[case]
-    change(machine.gpus[0])
-    (board,) = machine.report()["boards"]
-    assert {fact for fact, value in board.items() if value is None} == unknown
-    assert "listed_after_ms" in board["context"]
+    """A board for each case, and all in one check."""
+    machine = make_machine(len(UNKNOWN_FACTS))
+    for gpu, (change, _) in zip(machine.gpus, UNKNOWN_FACTS.values(), strict=True):
+        change(gpu)
+    boards = machine.report()["boards"]
+    for board, (case, (_, unknown)) in zip(boards, UNKNOWN_FACTS.items(), strict=True):
+        assert {fact for fact, value in board.items() if value is None} == unknown, case
+        assert "listed_after_ms" in board["context"], case
 
 
 def test_a_list_that_cannot_be_read_is_told_and_the_rest_is_there(machine: Machine) -> None:
@@ -217,9 +219,15 @@ def test_a_context_that_is_refused_says_why(machine: Machine) -> None:
     assert "cuDevicePrimaryCtxRetain: error 46 (the device is busy" in board["context"]["error"]
 
 
-@pytest.mark.parametrize("missing", ["library", "driver", "boards"])
 @pytest.mark.parametrize(
-    "program", ["check", pytest.param("test", marks=[as_root, pytest.mark.root])]
+    ("program", "missing"),
+    [
+        ("check", "library"),
+        ("check", "driver"),
+        ("check", "boards"),
+        # It asks by the same code.
+        pytest.param("test", "driver", marks=[as_root, pytest.mark.root]),
+    ],
 )
 def test_without_a_gpu_it_says_what_it_takes(machine: Machine, missing: str, program: str) -> None:
     if missing == "library":
@@ -310,14 +318,18 @@ class TestOnRealCgroups:
         assert "a Power Agent runs on this node" in done.stderr
         assert machine.gpus.sets() == []
 
-    @pytest.mark.parametrize("case", SKIPPED)
-    def test_a_gpu_that_cannot_be_tried_is_left_alone(self, machine: Machine, case: str) -> None:
-        change, why = SKIPPED[case]
-        change(machine.gpus[0])
+    def test_a_gpu_that_cannot_be_tried_is_left_alone(self, make_machine: MakeMachine) -> None:
+        """A GPU for each case, and all in one run."""
+        machine = make_machine(len(SKIPPED))
+        for gpu, (change, _) in zip(machine.gpus, SKIPPED.values(), strict=True):
+            change(gpu)
         done = machine.test()
         assert done.returncode == 1
-        assert steps(done.stdout) == [("0", "-", "skipped")]
-        assert why in done.stdout
+        assert steps(done.stdout) == [(str(k), "-", "skipped") for k in range(len(SKIPPED))]
+        for row, (case, (_, why)) in zip(
+            done.stdout.splitlines()[1:], SKIPPED.items(), strict=True
+        ):
+            assert why in row, case
         assert machine.gpus.sets() == []
 
     def test_a_gpu_that_others_use_is_tried_where_that_is_allowed(self, machine: Machine) -> None:

@@ -528,6 +528,10 @@ class SimGpus:
             for wall, monotonic, pid, gpu, requested, result in self._lines("sets.log")
         ]
 
+    def forget_sets(self) -> None:
+        """From now on it is as if none had been."""
+        os.truncate(self.directory / "sets.log", 0)
+
     def inits(self) -> list[InitRecord]:
         return [
             InitRecord(

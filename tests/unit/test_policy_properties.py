@@ -6,6 +6,7 @@ of many more cases, a hundred times cheaper each, for a rare one.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ OWNERS: tuple[str | Stranger, ...] = (
     Stranger.UNKNOWN,
 )
 BOARDS = ((700_000, 200_000, 700_000), (310_000, 200_000, 350_000), (62_500, 48_750, 62_500))
-SWEPT = 30_000
+SWEPT = int(os.environ.get("CASES", "5000"))  # `make chaos` plays more
 PLAIN = parse_settings(EnforcerSettings, {})
 
 T = TypeVar("T")

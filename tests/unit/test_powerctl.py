@@ -1,6 +1,7 @@
 """powerctl as a real process against a real transport server that gives canned answers."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -15,8 +16,9 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
@@ -40,6 +42,7 @@ from shared.messages import (
     WatcherStatus,
 )
 from shared.powerctl import live, node_checks, overview, reply_checks, tables, verdict
+from shared.powerctl.__main__ import main
 from shared.powerctl.explain import explain
 from shared.powerctl.missing import near
 from shared.sockets import control_path
@@ -250,7 +253,8 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(REPOSITORY)} | extra
 
 
-def powerctl(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+    """As a program of its own."""
     return subprocess.run(
         command(*arguments),
         capture_output=True,
@@ -261,12 +265,41 @@ def powerctl(*arguments: object, **extra: str) -> subprocess.CompletedProcess[st
     )
 
 
+def powerctl(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+    """The same program in this process: its start costs more than all that it does."""
+    told = [*map(str, arguments)]
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")  # as the interpreter's own
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["powerctl", *told]),
+            mock.patch.dict(os.environ, environment(**extra), clear=True),
+            mock.patch.object(sys, "__stdout__", out),  # by which the width of a terminal is asked
+            redirect_stdout(out),
+            redirect_stderr(err),
+            pytest.raises(SystemExit) as ended_with,
+        ):
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    status = ended_with.value.code
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(told, status, _text(out), _text(err))
+
+
+def _text(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    stream.seek(0)
+    return stream.read()
+
+
 # ------------------------------------------------------------------------------- exit status
 
 
 def test_ping_of_a_living_enforcer_exits_0_with_version_and_round_trip(run_dir: Path) -> None:
     with responding(run_dir, answering(reply())):
-        done = powerctl("ping", "--socket", run_dir)
+        done = process("ping", "--socket", run_dir)
         assert (done.returncode, done.stderr) == (0, "")
         assert re.fullmatch(
             r"power-agent 1\.0\.0 answers in [0-9.]+ ms, up 1 min 1 s\n", done.stdout
@@ -417,7 +450,7 @@ def test_a_signal_in_the_last_moment_before_a_wait_ends_it(
 ) -> None:
     """The wait is longer than the test may take: what is seen only after it is lost."""
     with responding(run_dir, lambda _request: None):
-        done = powerctl(
+        done = process(
             what, "--socket", run_dir, "--timeout", "3600", **late_signal.environment(how, 0.1)
         )
     assert (done.returncode, done.stdout) == (130, "")

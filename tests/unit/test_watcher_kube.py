@@ -760,6 +760,19 @@ def test_a_proxys_password_is_in_nothing_that_is_said(
     assert "s3c" not in str(failed.value)
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_a_proxy_of_the_environment_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv(variable, "http://user:s3cret@127.0.0.1:1")
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump(config({}, {"server": "http://10.0.0.1"})))
+    with opened(path) as api:
+        assert api.proxy == "http://127.0.0.1:1"
+
+
 def test_half_open_connections_are_noticed_by_the_kernel(tmp_path: Path) -> None:
     """Keepalive as set on the real socket: a vanished peer is dropped after about 25 s."""
     with (

@@ -150,6 +150,11 @@ class KubeApi:
         """Remove the pod if it is still there (and still that one)."""
         self._context.operations.end_pod(namespace, name, uid)
 
+    def remove_pods(self) -> None:
+        """All of them, at once and without their kubelets."""
+        for _, namespace, name in self._store.keys("pods"):
+            self.finish_deletion(namespace, name)
+
     def events(self, namespace: str = "") -> list[Json]:
         """The Kubernetes Events clients have written."""
         found, _ = self._store.snapshot("events", namespace)
