@@ -26,7 +26,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="real cgroups need roo
 def powerctl(node: SimNode, *arguments: str) -> str:
     """Its text without the breaks of lines; doctor may find other things and end with 1."""
     command = [sys.executable, "-m", "shared.powerctl", *arguments, "--socket", str(node.run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wide = os.environ | {"COLUMNS": "400"}  # long paths are broken where it is narrow
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     assert not done.stderr, done.stderr
     return " ".join(done.stdout.split())
 
@@ -105,7 +106,7 @@ def test_a_pod_that_waits_names_the_processes_that_may_be_its_own(make_node: Mak
     node.wait_for_limit(2, 300)
     node.wait_for_state(waiting, "waiting")
     node.wait_for(lambda: all(gpu.processes for gpu in node.status().gpus), "all three processes")
-    said = powerctl(node, "explain", "default/restored")
+    said = powerctl(node, "explain", "-v", "default/restored")
     assert "candidates of others on this node's GPUs" in said
     assert f"GPU 0: pid {in_agent.pid} of pod {agent.uid}, not annotated, by " in said
     assert f"GPU 1: pid {in_docker.pid} of no known pod, by " in said
