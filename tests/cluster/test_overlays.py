@@ -12,7 +12,7 @@ from tests.cluster.conftest import Install, MakeWorker, Place
 from tests.cluster.node import PRIVATE_CGROUPS_RUNTIME
 from tests.cluster.simulator import Gpus
 from tests.cluster.test_privileges import status_field
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -143,7 +143,12 @@ def test_supervised_kills_an_enforcer_that_hangs_and_no_limit_moves(
     before = len(gpus.sets(0))
     hung = gpus.programs("enforcer")
     gpus.signal_program("enforcer", "STOP")
-    until(lambda: gpus.programs("enforcer") not in ([], hung), "another enforcer")
+    # The watchdog itself bears a minute without an answer: UNANSWERED pings, one every 5 s.
+    until(
+        lambda: gpus.programs("enforcer") not in ([], hung),
+        "another enforcer",
+        deadline_s=3 * HANG_S,
+    )
     make_worker("later", 1, watts="400")
     gpus.wait_limit(1, 400_000)
     assert len(gpus.sets(0)) == before
