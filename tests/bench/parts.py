@@ -141,6 +141,24 @@ def waiting(trials: int) -> list[Figure]:
     return [Figure(what, "ms", samples[:trials], {"p99": 200})]
 
 
+def assigned(trials: int) -> list[Figure]:
+    """Annotated pods wait without a process; the kubelet gives each a GPU at a random moment."""
+    samples: list[float] = []
+    with _node() as node:
+        while len(samples) < trials:
+            pods = [node.add_pod(f"admitted-{k}", _WATTS) for k in range(_GPUS)]
+            node.wait_for_state(pods[-1], "waiting")
+            written = {}
+            for number, (pod, gpu) in enumerate(zip(pods, node.gpus, strict=True)):
+                time.sleep(random.uniform(0.05, 0.25))
+                node.assign(pod, [number])
+                written[gpu.uuid] = time.monotonic_ns()
+            samples += _latencies_ms(node, written)
+            _clear(node, pods)
+    what = "GPU assigned to a waiting pod (checkpoint written) to limit"
+    return [Figure(what, "ms", samples[:trials], {"p50": 60, "p99": 120})]
+
+
 def idle(trials: int) -> list[Figure]:
     """A pod that has a GPU comes to seven more, each at any moment of a second."""
     samples: list[float] = []
@@ -293,6 +311,7 @@ PARTS = {
     "change": Part("annotation changed to limit, embedded API", 200, 10, change),
     "change-real": Part("the same with a real kube-apiserver", 200, 10, change_real),
     "waiting": Part("first GPU process of a waiting pod to limit", 104, 16, waiting),
+    "assigned": Part("GPU assigned to a waiting pod to limit", 104, 16, assigned),
     "idle": Part("first GPU process where nothing waits to limit", 105, 14, idle),
     "start": Part("start of both processes to first limit", 100, 5, start),
     "steady": Part("memory, processor, writes while nothing changes", 100, 10, steady),
