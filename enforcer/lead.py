@@ -19,10 +19,10 @@ def followed(gpu: Gpu, desired: Desired, now_s: float) -> Gpu:
     if _stands(gpu):
         limited = [uid for uid, stance in gpu.decision.stances.items() if stance in _LIMITED]
         leads = {uid: Lead(now_s) for uid in limited} | leads
-    for uid, began_s in _first_processes(gpu, desired).items():
-        lead = leads.get(uid)
-        if lead is not None and lead.lead_s is None:
-            leads[uid] = replace(lead, lead_s=began_s - lead.stands_s)
+    waiting = {uid for uid, lead in leads.items() if lead.lead_s is None}
+    began_s = _first_processes(gpu, desired) if waiting else {}
+    for uid in waiting & began_s.keys():
+        leads[uid] = replace(leads[uid], lead_s=began_s[uid] - leads[uid].stands_s)
     return gpu if leads == gpu.leads else replace(gpu, leads=leads)
 
 

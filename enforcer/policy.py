@@ -162,6 +162,8 @@ def _without_stale(seen: list[SeenGpu], desired: Desired) -> list[SeenGpu]:
     A pod that runs on GPUs of which it is assigned none is not where the kubelet says: the plugin
     gave its devices other names before. What cannot be seen proves nothing.
     """
+    if not any(gpu.assigned for gpu in seen):
+        return seen
     runs = frozenset[str]()
     right = frozenset[str]()
     for gpu in seen:

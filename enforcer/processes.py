@@ -13,9 +13,8 @@ from enforcer.sources import Occupant, Sighting
 class Reader(Protocol):
     """What `procfs.ProcessReader` offers."""
 
-    @property
-    def most_pid(self) -> int:
-        """The largest pid that this kernel gives now."""
+    def may_exist(self, pid: int) -> bool:
+        """Tell whether this kernel gives such a number to a process."""
 
     def owner(self, pid: int, listed_ticks: int) -> procfs.Found:
         """Tell whose process `pid` is; None where it has ended."""
@@ -41,8 +40,7 @@ class Processes:
             if error.stale:
                 raise
             return Sighting(None, str(error))
-        most_pid = self._reader.most_pid if pids else 0
-        impossible = {pid for pid in pids if not 0 < pid <= most_pid}
+        impossible = {pid for pid in pids if not self._reader.may_exist(pid)}
         if impossible:
             return Sighting(None, self._why_misread(min(impossible)))
         seen = []

@@ -78,18 +78,24 @@ class Found(NamedTuple):
 
 
 class ProcessReader:
-    """Tells whose process a pid is; believes nothing beyond one call."""
+    """Tells whose process a pid is; believes of no process anything beyond one call."""
 
     def __init__(self, proc_root: Path, roots: Sequence[str]) -> None:
         self._proc = proc_root
         self.roots = tuple(roots)
+        self._most_pid = 0
 
-    @property
-    def most_pid(self) -> int:
-        """The largest pid that this kernel gives now: a node's tuning may raise it at any time.
+    def may_exist(self, pid: int) -> bool:
+        """Tell whether this kernel gives such a number to a process.
 
-        It is the largest of any kernel where this one does not tell.
+        A number above the largest has that read anew: a node's tuning may raise it at any time.
         """
+        if pid > self._most_pid:
+            self._most_pid = self._read_most_pid()
+        return 0 < pid <= self._most_pid
+
+    def _read_most_pid(self) -> int:
+        """Return the largest pid of this kernel, or of any where this one does not tell."""
         try:
             return int(_read(f"{self._proc}/sys/kernel/pid_max"))
         except (OSError, ValueError):

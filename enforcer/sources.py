@@ -90,4 +90,5 @@ class Joined:
     def look(self, board: Board) -> Sighting:
         """Return who holds a board now; raises DeviceError where its handle is worthless."""
         seen = self._processes.look(board)
-        return replace(seen, assigned=self._kubelet.assigned(board))
+        assigned = self._kubelet.assigned(board)
+        return replace(seen, assigned=assigned) if assigned else seen

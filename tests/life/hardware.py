@@ -218,11 +218,12 @@ class FakeKubelet:
 class FakeProc:
     """Whose process each pid is, as /proc would tell."""
 
-    most_pid = 4 * 1024 * 1024
-
     def __init__(self) -> None:
         self.owners: dict[int, str | Stranger] = {}
         self.began_s: dict[int, float] = {}
+
+    def may_exist(self, pid: int) -> bool:
+        return 0 < pid <= 4 * 1024 * 1024
 
     def owner(self, pid: int, _listed_ticks: int) -> Found:
         return Found(self.owners.get(pid), f"cgroup of {pid}", self.began_s.get(pid))
