@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,8 @@ _Text = Annotated[str, Meta(max_length=256)]
 # MIG instances that are looked for: seven on each of 16 boards, and as many that are gone.
 _MOST_PARTS = 256
 _Ids = Annotated[list[_Text], Meta(max_length=4096)]
+# Devices that are held at a time: far more than a node has of GPUs, their instances and replicas.
+_MOST_HELD = 16384
 
 
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,12 +80,16 @@ def parse(text: bytes, resources: Sequence[str]) -> frozenset[Held]:
         data = _decoder.decode(text).Data
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)[:200]) from error
-    return frozenset(
+    found = (
         Held(entry.PodUID, entry.ContainerName, entry.ResourceName, device)
         for entry in data.PodDeviceEntries or ()
         if any(fnmatchcase(entry.ResourceName, pattern) for pattern in resources)
         for device in entry.ids()
     )
+    held = list(islice(found, _MOST_HELD + 1))
+    if len(held) > _MOST_HELD:
+        raise ValueError(f"more than {_MOST_HELD} devices are held")
+    return frozenset(held)
 
 
 _HOLDS = "what was read before holds; of the rest only processes show who has a GPU"

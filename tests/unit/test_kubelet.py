@@ -58,10 +58,12 @@ def test_checkpoints_of_kubelets(sample: bytes, devices: list[str]) -> None:
     assert sorted(held.device for held in parse(sample, ALL)) == sorted(devices)
 
 
+SAMPLES = Path(__file__).parent / "data/checkpoints"
+
+
 def test_what_a_real_kubelet_wrote_is_read_whole() -> None:
     """Kubelet 1.37.2 of the cluster tests: two containers with whole GPUs, one with a replica."""
-    sample = Path(__file__).parent / "data/checkpoints/kubelet-1.37.2.json"
-    held = parse(sample.read_bytes(), ALL)
+    held = parse((SAMPLES / "kubelet-1.37.2.json").read_bytes(), ALL)
     assert sorted((each.container, each.resource) for each in held) == [
         ("main", "nvidia.com/gpu.shared"),
         ("server", "nvidia.com/gpu"),
@@ -71,6 +73,35 @@ def test_what_a_real_kubelet_wrote_is_read_whole() -> None:
     named = {name_of(each.device) for each in held}
     assert len(named) == 3
     assert all(name is not None and name.startswith("GPU-") for name in named)
+
+
+SECOND = "GPU-9a7f4b1c-6d52-4c1e-9b3a-2f8e7d6c5b44"
+LAST_POD = "7d1b3c8e-52a4-4f0e-8a6f-6c2c1f0d9b22"
+OF_GPUS = {
+    Held(POD, "server", "nvidia.com/gpu", GPU),
+    Held(POD, "server", "nvidia.com/gpu", SECOND),
+    Held(POD, "sidecar", "nvidia.com/gpu.shared", f"{GPU}::3"),
+    Held(LAST_POD, "main", "nvidia.com/mig-1g.10gb", "MIG-41c2a8a6-8a30-5a2e-a1c5-0d3d6f6c2b11"),
+}
+
+
+@pytest.mark.parametrize(
+    ("sample", "held"),
+    [
+        ("kubelet-1.25-to-1.37", OF_GPUS),
+        ("kubelet-1.25-to-1.37-new", set()),
+        ("kubelet-1.19", OF_GPUS),
+    ],
+)
+def test_what_the_code_of_kubelets_wrote_is_read_exactly(sample: str, held: set[Held]) -> None:
+    """The folder's README says of which versions, and how."""
+    assert parse((SAMPLES / f"{sample}.json").read_bytes(), ALL) == held
+
+
+def test_an_entry_that_stands_twice_counts_once() -> None:
+    assert parse(text(entry(), entry(), entry(DeviceIDs={"0": [GPU, GPU]})), ALL) == {
+        Held(POD, "main", "nvidia.com/gpu", GPU)
+    }
 
 
 @pytest.mark.parametrize(
@@ -90,9 +121,18 @@ def test_what_a_real_kubelet_wrote_is_read_whole() -> None:
         text({"PodUID": POD}),
         text(*[entry()] * 4097),
         b"\xff\xfe" + text(entry()),
+        text(entry()).replace(b"main", b"ma\xffn"),
+        text(entry()).replace(b"main", b"\\ud800"),
         b"[" * 100_000,
+        text(entry(AllocResp=7)),
+        text(entry(DeviceIDs={"0": [GPU] * 4097})),
+        text(*[entry(DeviceIDs=[f"{pod}-{n}" for n in range(4096)]) for pod in range(5)]),
+        text(Data={"PodDeviceEntries": [], "RegisteredDevices": {"nvidia.com/gpu": GPU}}),
+        text(Data={"PodDeviceEntries": [], "RegisteredDevices": {"nvidia.com/gpu": [GPU] * 4097}}),
+        text(Data={"PodDeviceEntries": {}, "RegisteredDevices": {}}),
+        text(Checksum="1"),
     ],
-    ids=str,
+    ids=lambda sample: repr(sample[:40]),
 )
 def test_what_is_not_as_expected_is_refused_whole(sample: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
@@ -221,7 +261,27 @@ def test_what_was_read_last_holds_while_the_file_cannot_be_read(tmp_path: Path) 
     assert len(log.said) == 6  # each state once
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def link_to_a_whole_one(path: Path) -> None:
+    Checkpoint(path.parents[1] / "elsewhere").assign(POD, GPU)
+    path.symlink_to(path.parents[1] / "elsewhere" / CHECKPOINT)
+
+
+def five_mib(path: Path) -> None:
+    path.write_bytes(text(entry()).ljust(5 << 20))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to("/dev/zero"),
+        link_to_a_whole_one,
+        five_mib,
+        lambda path: path.write_bytes(text(entry())[:-1]),
+    ],
+    ids=["pipe", "folder", "device", "link", "five-mib", "cut"],
+)
 def test_what_lies_in_its_place_does_not_block_or_lead_elsewhere(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
