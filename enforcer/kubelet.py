@@ -1,22 +1,25 @@
-"""Which GPUs the kubelet has assigned to which pod, from its device checkpoint: the second source.
+"""Which GPUs the kubelet has assigned to which pod, from its own files: the second source.
 
-It knows no NVML (it is told what a MIG instance is part of) and no process. The file is the
-kubelet's own and no interface ("fragile", as its authors say), so it is read strictly: what is not
-as expected is unknown, and processes alone count. An entry of a pod that is gone may stay in it for
-long (kubernetes #137010): policy counts only those of pods that live.
+It knows no NVML (it is told what a MIG instance is part of) and no process. The device checkpoint
+and the state of claims (dra.py) are the kubelet's own and no interface ("fragile", as its authors
+say), so they are read strictly: what is not as expected is unknown, and processes alone count. An
+entry of a pod that is gone may stay in them for long (kubernetes #137010): policy counts only those
+of pods that live.
 """
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
+from enforcer import dra
 from enforcer.device import Board
 from enforcer.sources import Assignment
 from shared.logs import Log
@@ -29,6 +32,8 @@ _Text = Annotated[str, Meta(max_length=256)]
 # MIG instances that are looked for: seven on each of 16 boards, and as many that are gone.
 _MOST_PARTS = 256
 _Ids = Annotated[list[_Text], Meta(max_length=4096)]
+# Devices that are held at a time: far more than a node has of GPUs, their instances and replicas.
+_MOST_HELD = 16384
 
 
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,12 +82,16 @@ def parse(text: bytes, resources: Sequence[str]) -> frozenset[Held]:
         data = _decoder.decode(text).Data
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)[:200]) from error
-    return frozenset(
+    found = (
         Held(entry.PodUID, entry.ContainerName, entry.ResourceName, device)
         for entry in data.PodDeviceEntries or ()
         if any(fnmatchcase(entry.ResourceName, pattern) for pattern in resources)
         for device in entry.ids()
     )
+    held = list(islice(found, _MOST_HELD + 1))
+    if len(held) > _MOST_HELD:
+        raise ValueError(f"more than {_MOST_HELD} devices are held")
+    return frozenset(held)
 
 
 _HOLDS = "what was read before holds; of the rest only processes show who has a GPU"
@@ -109,8 +118,61 @@ def name_of(device: str) -> str | None:
     return next(filter(None, match.groups())) if match else None
 
 
+_ByName = dict[str, tuple[Assignment, ...]]
+
+
+def _by_name(named: Iterable[tuple[str, str, str]]) -> _ByName:
+    """Return assignments by what names their GPU, of (name, pod, evidence); always in one order."""
+    by_name: dict[str, list[Assignment]] = {}
+    for name, pod, evidence in sorted(named):
+        by_name.setdefault(name, []).append(Assignment(pod, evidence))
+    return {name: tuple(found) for name, found in by_name.items()}
+
+
+class _File:
+    """What one file of the kubelet's says, read again only when it has changed."""
+
+    def __init__(self, path: Path, parsed: Callable[[bytes], _ByName]) -> None:
+        self._path = path
+        self._parsed = parsed
+        self._seen: tuple[int, int, int] | None = None
+        # While the file cannot be read, what it said last holds: a pod keeps its devices for life.
+        self.by_name: _ByName = {}
+        self.state = "not read yet"
+        self.missing = False
+
+    def refresh(self) -> bool:
+        """Read it if it has changed; tell whether it was read."""
+        self.missing = False
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - called often
+            seen = found.st_ino, found.st_mtime_ns, found.st_size
+            if seen == self._seen:
+                return False
+            self.by_name = self._parsed(self._read())
+        except OSError as error:
+            self._seen = None
+            # One that went and had something to say is missed.
+            self.missing = isinstance(error, FileNotFoundError) and not self.by_name
+            self.state = f"{self._path}: {error.strerror}"
+            return False
+        except ValueError as error:
+            self._seen = seen  # it will not be better before it is written again
+            self.state = f"{self._path}: not a checkpoint that is known here: {error}"
+            return False
+        self._seen, self.state = seen, "ok"
+        return True
+
+    def _read(self) -> bytes:
+        with open(self._path, "rb", opener=_open_file) as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        return text
+
+
 class Kubelet:
-    """What the checkpoint says, read again only when the file has changed."""
+    """What the kubelet's two files say: of devices of plugins, and of claims (DRA)."""
 
     def __init__(
         self,
@@ -120,63 +182,42 @@ class Kubelet:
         whole_of: Callable[[str], str | None],
     ) -> None:
         """Prepare; nothing is read before `assigned`. `whole_of` is the device's."""
-        self._path = root / CHECKPOINT
         self._resources = tuple(resources)
+        self._plugins = _File(root / CHECKPOINT, self._held)
+        self._claims = _File(root / dra.STATE, lambda text: _by_name(dra.parse(text)))
         self._log = log
-        self._seen: tuple[int, int, int] | None = None
         self._whole_of = whole_of
-        self._by_name: dict[str, tuple[Assignment, ...]] = {}
         # The board of each MIG instance that is assigned, as far as it is known.
         self._wholes: dict[str, str | None] = {}
         self.state = "not read yet"
 
     def assigned(self, board: Board) -> tuple[Assignment, ...]:
-        """Return the pods that a GPU is assigned to.
-
-        While the file cannot be read, what it said last holds: a pod keeps its devices for life.
-        """
-        self._refresh()
+        """Return the pods that a GPU is assigned to."""
+        files = (self._plugins, self._claims)
+        changed = [file.refresh() for file in files]
+        if any(changed):
+            parts = [part for part in self._plugins.by_name if part.startswith("MIG-")]
+            self._wholes = {part: self._wholes.get(part) for part in parts[:_MOST_PARTS]}
+        self._say(files)
         for part in [part for part, whole in self._wholes.items() if whole is None]:
             self._wholes[part] = self._whole_of(part)
         names = [board.uuid, f"nvidia{board.minor}"]
         names += [part for part, whole in self._wholes.items() if whole == board.uuid]
-        return tuple(each for name in names for each in self._by_name.get(name, ()))
+        return tuple(
+            each for name in names for file in files for each in file.by_name.get(name, ())
+        )
 
-    def _refresh(self) -> None:
-        try:
-            found = os.stat(self._path)  # noqa: PTH116 - called often
-            seen = found.st_ino, found.st_mtime_ns, found.st_size
-            if seen == self._seen:
-                return
-            self._take(self._read())
-            self._seen = seen
-        except OSError as error:
-            self._say(f"{self._path}: {error.strerror}")
-        except ValueError as error:
-            self._seen = seen  # it will not be better before it is written again
-            self._say(f"{self._path}: not a checkpoint that is known here: {error}")
-        else:
-            self._say("ok")
+    def _held(self, text: bytes) -> _ByName:
+        return _by_name(
+            (name, held.pod, f"{held.resource} {held.device} of container {held.container}")
+            for held in parse(text, self._resources)
+            if (name := name_of(held.device)) is not None
+        )
 
-    def _read(self) -> bytes:
-        with open(self._path, "rb", opener=_open_file) as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        return text
-
-    def _take(self, text: bytes) -> None:
-        by_name: dict[str, list[Assignment]] = {}
-        for held in sorted(parse(text, self._resources), key=lambda held: (held.pod, held.device)):
-            name = name_of(held.device)
-            if name is not None:
-                shown = f"{held.resource} {held.device} of container {held.container}"
-                by_name.setdefault(name, []).append(Assignment(held.pod, shown))
-        self._by_name = {name: tuple(found) for name, found in by_name.items()}
-        parts = [name for name in by_name if name.startswith("MIG-")][:_MOST_PARTS]
-        self._wholes = {part: self._wholes.get(part) for part in parts}
-
-    def _say(self, state: str) -> None:
+    def _say(self, files: Iterable[_File]) -> None:
+        # A node has either or both. Where there is none at all, the checkpoint is what is missed.
+        there = [file for file in files if not file.missing] or [self._plugins]
+        state = "; ".join(file.state for file in there if file.state != "ok") or "ok"
         if state != self.state:
             if state == "ok":
                 self._log.info("kubelet", why=state)

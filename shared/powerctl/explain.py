@@ -121,7 +121,18 @@ def _pod(pod: messages.Pod, reply: messages.StatusReply, page: _Page) -> list[st
         *page.field("runs on", gpus or "no GPU: none of its processes was found on one"),
         *_candidates(pod, reply, page),
         *page.field("holds", "nothing" if held_mw is None else watts(held_mw)),
+        *_lead(pod, page),
     ]
+
+
+def _lead(pod: messages.Pod, page: _Page) -> list[str]:
+    """Return whether the limit stood before the pod's first process, once that is known."""
+    if pod.lead_s is None:
+        return []
+    by_s = abs(pod.lead_s)
+    span = f"{round(by_s * 1000)} ms" if by_s < 1 else duration(by_s)
+    side = "after" if pod.lead_s < 0 else "before"
+    return page.field("limit stood", f"{span} {side} its first process on a GPU began")
 
 
 def _candidates(pod: messages.Pod, reply: messages.StatusReply, page: _Page) -> list[str]:

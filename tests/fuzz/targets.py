@@ -14,12 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from enforcer import cgroups, kubelet
+from enforcer import cgroups, dra, kubelet
 from enforcer.ledger import Ledger, LedgerError
 from enforcer.policy import Owned, Stranger
 from shared import messages as m
 from shared.logs import Log
 from shared.units import MAX_MW, format_watts
+from tests.simnode.checkpoint import state_of_claims
 from watcher import reflector
 from watcher.annotations import read
 from watcher.kube import ApiError
@@ -88,6 +89,19 @@ def checkpoint(data: bytes) -> None:
         assert each.resource.startswith("nvidia.com/")
         name = kubelet.name_of(each.device)
         assert name is None or (name in each.device and name.startswith(("GPU-", "MIG-", "nvidia")))
+
+
+def dra_state(data: bytes) -> None:
+    """The kubelet's state of claims, as the file and as the text in it: read whole, or refused."""
+    inside = state_of_claims(data.decode("utf-8", "replace")).encode()
+    for text in (data, inside):
+        try:
+            found = dra.parse(text)
+        except ValueError:
+            continue
+        for each in found:
+            assert re.fullmatch(r"nvidia[0-9]{1,6}", each.node)
+            assert re.match(rf"device gpu-{each.node[6:]}(-mig-[^ ]+)? of claim ", each.evidence)
 
 
 def ledger(data: bytes) -> None:
@@ -249,6 +263,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "cgroup": cgroup,
     "ledger": ledger,
     "checkpoint": checkpoint,
+    "dra": dra_state,
     "annotation": annotation,
     "watch": watch,
     "pod_list": pod_list,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.life.node import LifeNode, pod_uid
-from tests.simnode.checkpoint import Checkpoint
+from tests.simnode.checkpoint import Checkpoint, Claims
 
 A, B, C = pod_uid(1), pod_uid(2), pod_uid(3)
 
@@ -99,6 +99,29 @@ def test_mig_instances_and_device_nodes_mean_their_boards(
     (node.gpus[1].folder / "mig_uuids").write_text(f"MIG-other {part}\n")
     node.wait_limit(300, 1)
     assert node.limit(0) == 400
+
+
+def test_the_pods_of_a_claim_hold_its_gpus_before_any_process(node: LifeNode) -> None:
+    """By DRA alone: no plugin, so no checkpoint. The claim is entered first, its devices later."""
+    claims = Claims(node.folder / "kubelet")
+    claims.prepare(A, B, devices=[])
+    node.start()
+    node.snapshot({A: 400, B: 300})
+    assert node.pod(A).state == "waiting"
+    claims.claims.clear()
+    claims.prepare(A, B, devices=["gpu-0"])
+    node.wait_limit(300)
+    assert (node.pod(A).state, node.pod(B).state) == ("conflict", "enforced")
+    assert {each.owner for each in node.gpu().assigned} == {A, B}
+    assert node.gpu().assigned[0].evidence == "device gpu-0 of claim default/worker-gpu"
+    claims.path.write_text("{")  # what was read before holds
+    node.looks()
+    assert node.limit() == 300
+    assert "dra_manager_state" in node.status().enforcer.kubelet
+    node.snapshot({A: 400})
+    node.wait_limit(400)
+    node.snapshot({})
+    node.wait_limit(700)
 
 
 def test_processes_outvote_an_assignment_that_is_evidently_wrong(

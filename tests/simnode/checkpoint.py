@@ -1,14 +1,18 @@
-"""The kubelet's device checkpoint: written as the kubelet writes it, stale entries included."""
+"""The kubelet's device checkpoint, and its state of claims (DRA): written as the kubelet writes
+them, stale entries included.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from enforcer.dra import STATE
 from enforcer.kubelet import CHECKPOINT
 
 RESOURCE = "nvidia.com/gpu"
@@ -54,8 +58,64 @@ class Checkpoint:
         return json.dumps({"Data": data, "Checksum": 2_885_110_893})
 
     def write(self) -> None:
-        """By a rename in the same folder (pkg/kubelet/util/store, filestore.go)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(".kubelet_internal_checkpoint.tmp")
-        temporary.write_text(self.text())
-        temporary.rename(self.path)
+        """Make it so on disk."""
+        _replace(self.path, self.text())
+
+
+def _replace(path: Path, text: str) -> None:
+    """By a rename in the same folder (pkg/kubelet/util/store, filestore.go)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+@dataclass
+class Claims:
+    """What the kubelet has prepared by DRA, with NVIDIA's driver of 25.12.0 or later."""
+
+    root: Path
+    claims: list[dict[str, Any]] = field(default_factory=list)
+
+    def prepare(self, *pods: str, devices: Iterable[str], name: str = "worker-gpu") -> None:
+        """As for pods that share a claim, once the driver has answered."""
+        uid = f"0d7a9c52-6b1e-4f3d-8c2a-{len(self.claims):012}"
+        prepared = [
+            {
+                "PoolName": "node-1",
+                "DeviceName": device,
+                "ShareID": None,
+                "RequestNames": ["gpu"],
+                "CDIDeviceIDs": [f"k8s.gpu.nvidia.com/claim={uid}-{device}"],
+            }
+            for device in devices
+        ]
+        self.claims.append(
+            {
+                "ClaimUID": uid,
+                "ClaimName": name,
+                "Namespace": "default",
+                "PodUIDs": {pod: {} for pod in pods},
+                "DriverState": {"gpu.nvidia.com": {"Devices": prepared or None}},
+            }
+        )
+        self.write()
+
+    @property
+    def path(self) -> Path:
+        """Where the kubelet has it: in its root itself."""
+        return self.root / STATE
+
+    def write(self) -> None:
+        """Make it so on disk."""
+        claims = {
+            "kind": "DRACheckpoint",
+            "apiVersion": "checkpoint.dra.kubelet.k8s.io/v1",
+            "ClaimInfoStateList": self.claims or None,
+        }
+        _replace(self.path, state_of_claims(json.dumps(claims)))
+
+
+def state_of_claims(data: str) -> str:
+    """The file around the text of the claims."""
+    return json.dumps({"Data": data, "Checksum": zlib.crc32(data.encode())})

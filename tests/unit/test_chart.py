@@ -64,6 +64,7 @@ SAME: dict[str, tuple[str, Object]] = {
     "monitoring": ("overlays/monitoring", {"monitoring": MONITORING}),
     "selinux": ("overlays/selinux", {"seLinux": {"enabled": True}}),
     "openshift": ("overlays/openshift", {"openshift": {"enabled": True}}),
+    "dra": ("overlays/dra", {"dra": True}),
 }
 
 
@@ -768,6 +769,32 @@ def test_every_node_if_it_is_said() -> None:
 
 
 # ---------------------------------------------------------------------- names, accounts
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_claims_show_the_kubelets_root_to_roots_container_alone(supervised: bool) -> None:
+    values: Object = {"dra": True, "supervised": supervised}
+    made = render(values | {"settings": {"kubeletDir": "/var/lib/k0s/kubelet/"}})
+    volumes = {each["name"]: each for each in template(made)["spec"]["volumes"]}
+    assert volumes["kubelet"]["hostPath"] == {"path": "/var/lib/k0s/kubelet", "type": "Directory"}
+    mounted = {
+        name: mount
+        for name, container in containers(made).items()
+        for mount in container["volumeMounts"]
+        if mount["name"] == "kubelet"
+    }
+    assert mounted == {
+        "power-agent" if supervised else "enforcer": {
+            "name": "kubelet",
+            "mountPath": "/var/lib/k0s/kubelet",
+            "readOnly": True,
+            "mountPropagation": "HostToContainer",
+        }
+    }
+    assert "settings.kubeletDir=off names none" in refusal(
+        values | {"settings": {"kubeletDir": "off"}}
+    )
+    assert "dra" in refusal({"dra": "yes"})
 
 
 def test_without_the_kubelets_word_nothing_of_it_is_mounted() -> None:

@@ -55,6 +55,7 @@ CONTAINER = ".DaemonSet/power-agent.spec.template.spec.containers"
 
 def test_these_are_all_and_each_has_its_component() -> None:
     assert OVERLAYS == [
+        "dra",
         "dry-run",
         "monitoring",
         "namespaced",
@@ -83,6 +84,23 @@ def test_dry_run_adds_one_variable(base: list[Object]) -> None:
             "value": "true",
         }
     }
+
+
+def test_dra_shows_the_kubelets_root_to_the_enforcer_alone(base: list[Object]) -> None:
+    root = "/var/lib/kubelet"
+    volume = ".DaemonSet/power-agent.spec.template.spec.volumes.kubelet.hostPath"
+    mount = f"{CONTAINER}.enforcer.volumeMounts.kubelet"
+    # Without the propagation a volume that the kubelet unmounts would stay mounted in the enforcer.
+    assert changes(base, "dra") == {
+        f"{volume}.path": root,
+        f"{volume}.type": "Directory",
+        f"{mount}.mountPath": root,
+        f"{mount}.mountPropagation": "HostToContainer",
+    }
+    enforcer = containers(overlay("dra"))["enforcer"]
+    assert literals(enforcer)["POWER_AGENT_KUBELET_DIR"] == root
+    (mounted,) = [each for each in enforcer["volumeMounts"] if each["name"] == "kubelet"]
+    assert mounted["readOnly"] is True
 
 
 def test_namespaced_has_a_role_instead_of_the_cluster_role() -> None:
@@ -148,7 +166,7 @@ def test_monitoring_only_adds(base: list[Object]) -> None:
 
 
 def test_components_combine(deploy: Path) -> None:
-    parts = ["reduced-privileges", "namespaced", "dry-run", "monitoring"]
+    parts = ["reduced-privileges", "namespaced", "dry-run", "monitoring", "dra"]
     own = deploy / "overlays/own"
     own.mkdir()
     kustomization = {
@@ -164,3 +182,5 @@ def test_components_combine(deploy: Path) -> None:
     assert literals(found["enforcer"])["POWER_AGENT_DRY_RUN"] == "true"
     assert literals(found["watcher"])["WATCH_NAMESPACE"] == "default"
     assert {"Role", "PodMonitor"} <= {kind for kind, _ in named(objects)}
+    mounted = {each["name"]: each["mountPath"] for each in found["enforcer"]["volumeMounts"]}
+    assert mounted["kubelet"] == "/var/lib/kubelet"

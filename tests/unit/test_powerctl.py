@@ -755,13 +755,19 @@ def test_explain_a_gpu_shows_processes_conflict_and_both_pods(subject: str) -> N
     assert [found.name for found in explanation.pods] == ["llm-0", "embed"]
 
 
+def test_explain_says_nothing_of_a_first_process_that_was_not_seen() -> None:
+    explanation = explain(reply(), UID_A, verbose=True)
+    assert explanation is not None
+    assert "limit stood" not in "\n".join(explanation.text)
+
+
 def test_explain_json_carries_the_records_and_the_text(run_dir: Path) -> None:
-    with responding(run_dir, answering(reply())):
+    with responding(run_dir, answering(reply(pods=[pod(UID_A, "llm-0", lead_s=0.25)]))):
         done = powerctl("explain", "--json", "team-a/llm-0", "--socket", run_dir)
     shown = json.loads(done.stdout)
     assert shown.keys() == {"subject", "pods", "gpus", "enforcer", "watcher", "text"}
     assert shown["subject"] == "team-a/llm-0"
-    assert [row["uid"] for row in shown["pods"]] == [UID_A]
+    assert [(row["uid"], row["lead_s"]) for row in shown["pods"]] == [(UID_A, 0.25)]
     assert [row["uuid"] for row in shown["gpus"]] == ["GPU-0"]
     assert shown["gpus"][0]["processes"][0]["evidence"] == LINE_A
     assert shown["text"][0] == f"pod team-a/llm-0, uid {UID_A}"
@@ -838,6 +844,22 @@ def test_explain_an_unknown_subject_exits_1_with_near_matches(run_dir: Path) -> 
             ],
         ),
         ({"enforcer": enforcer(conflict="safe-default")}, ["rule `safe-default`: the safe"]),
+        (
+            {"pods": [pod(UID_A, "llm-0", lead_s=0.0)]},
+            ["holds 350 W limit stood 0 ms before its first process on a GPU began"],
+        ),
+        (
+            {"pods": [pod(UID_A, "llm-0", lead_s=2.345)]},
+            ["limit stood 2.3 s before its first process on a GPU began"],
+        ),
+        (
+            {"pods": [pod(UID_A, "llm-0", lead_s=-0.1204)]},
+            ["limit stood 120 ms after its first process on a GPU began"],
+        ),
+        (
+            {"pods": [pod(UID_A, "llm-0", lead_s=-75.0)]},
+            ["limit stood 1 min 15 s after its first process on a GPU began"],
+        ),
     ],
 )
 def test_explain_says_what_is_special(changed: dict[str, object], words: list[str]) -> None:

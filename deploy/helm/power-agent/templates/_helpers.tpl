@@ -257,8 +257,12 @@ seLinuxOptions:
   mountPath: {{ include "power-agent.stateDir" . }}
 {{- with include "power-agent.kubeletDir" . }}
 - name: kubelet
-  mountPath: {{ . }}/device-plugins
+  mountPath: {{ . }}{{ if not $.Values.dra }}/device-plugins{{ end }}
   readOnly: true
+  {{- if $.Values.dra }}
+  # Or the volumes of pods that have ended stayed mounted in here, and in use.
+  mountPropagation: HostToContainer
+  {{- end }}
 {{- end }}
 {{- if .Values.driver.hostPath }}
 - name: driver

@@ -99,7 +99,12 @@
 {{- define "power-agent.validatePaths" -}}
 {{- $s := .Values.settings }}
 {{- $kubelet := $s.kubeletDir | default "/var/lib/kubelet" }}
-{{- if eq $kubelet "off" }}{{ $kubelet = "" }}{{ end }}
+{{- if eq $kubelet "off" }}
+{{- if .Values.dra }}
+{{- fail "dra=true reads a file in the kubelet's root, but settings.kubeletDir=off names none: set one of them otherwise" }}
+{{- end }}
+{{- $kubelet = "" }}
+{{- end }}
 {{- $folders := dict "settings.stateDir" $s.stateDir "settings.runDir" $s.runDir "settings.procRoot" (include "power-agent.ownProcRoot" .) "settings.sysfsRoot" (include "power-agent.ownSysfsRoot" .) "settings.kubeletDir" $kubelet }}
 {{- with .Values.driver }}
 {{- if .hostPath }}{{ $folders = merge $folders (dict "driver.mountPath" .mountPath "driver.hostPath" .hostPath) }}{{ end }}
