@@ -171,11 +171,12 @@ def _without_stale(seen: list[SeenGpu], desired: Desired) -> list[SeenGpu]:
         here = desired.pods_among(gpu.occupants or ())
         runs |= here
         right |= assigned if gpu.occupants is None else assigned & here
-    stale = runs - right
-    return [
-        replace(gpu, assigned=desired.pods_among(gpu.assigned) & desired.pods.keys() - stale)
-        for gpu in seen
-    ]
+    return [_assigned_but(runs - right, gpu, desired) for gpu in seen]
+
+
+def _assigned_but(stale: frozenset[str], gpu: SeenGpu, desired: Desired) -> SeenGpu:
+    kept = desired.pods_among(gpu.assigned) & desired.pods.keys() - stale
+    return gpu if kept == gpu.assigned else replace(gpu, assigned=kept)
 
 
 def _away(owned: Owned, desired: Desired) -> Decision:

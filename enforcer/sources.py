@@ -3,7 +3,7 @@
 It knows no NVML and no /proc: processes.py does.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from enforcer.device import Board
@@ -91,4 +91,4 @@ class Joined:
         """Return who holds a board now; raises DeviceError where its handle is worthless."""
         seen = self._processes.look(board)
         assigned = self._kubelet.assigned(board)
-        return replace(seen, assigned=assigned) if assigned else seen
+        return Sighting(seen.occupants, seen.why, assigned) if assigned else seen
