@@ -254,10 +254,11 @@ def _read_back(gpu: messages.Gpu, page: _Page) -> list[str]:
 
 
 def _found(gpu: messages.Gpu, page: _Page) -> list[str]:
-    found = (
-        "never touched" if gpu.original_mw is None else f"{watts(gpu.original_mw)} at first touch"
-    )
-    return page.field("found", f"{found}; factory default {watts(gpu.default_mw)}")
+    default = f"factory default {watts(gpu.default_mw)}"
+    if gpu.original_mw is not None:
+        return page.field("found", f"{watts(gpu.original_mw)} at first touch; {default}")
+    found = "given back as it was found" if any(gpu.writes.values()) else "never touched"
+    return page.field("found", f"{found}; {default}")
 
 
 def _source(reply: messages.StatusReply) -> str:

@@ -99,6 +99,28 @@ def test_every_page_stays_within_the_width_and_uses_it(width: int) -> None:
     assert width * 0.8 <= max(widest) <= width, widest
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_path_that_is_longer_than_a_line_ends_it_behind_a_slash(width: int) -> None:
+    path = "/var/lib/kubelet/device-plugins/" + "a-folder-of-this-name/" * 3 + "checkpoint"
+    checks = reply_checks.from_reply(reply(enforcer=enforcer(kubelet=f"{path}: not there")))
+    text = doctor.lines(checks, width=width)
+    assert max(map(len, text)) <= width
+    first = next(number for number, line in enumerate(text) if "/var/lib/kubelet/" in line)
+    last = next(number for number, line in enumerate(text) if "checkpoint:" in line)
+    assert first < last
+    assert all(line.endswith("/") for line in text[first:last])
+    assert path in "".join(line.strip() for line in text[first : last + 1])
+
+
+def test_a_gpu_that_was_given_back_was_touched() -> None:
+    free = gpu(0, state="free", original_mw=None, managed=False)
+    for writes, said in (({}, "never touched"), ({"release": 1}, "given back as it was found")):
+        status = reply(gpus=[msgspec.structs.replace(free, writes=writes)])
+        explanation = explain(status, "0", 100)
+        assert explanation is not None
+        assert f"  found       {said}; factory default 700 W" in explanation.text
+
+
 def test_what_is_left_out_where_it_is_narrow_is_said_and_nothing_is_where_it_is_wide() -> None:
     narrow = "\n".join(overview.status(trouble(), width=60))
     assert "left out: PCI, DRAW, RANGE, FOUND, MODEL" in narrow
