@@ -164,7 +164,7 @@ def enforced(count: int) -> list[Pod]:
     ("changes", "said"),
     [
         ({"pods": enforced(4)}, "4 of 4 pods have what they asked for"),
-        ({"pods": enforced(1)}, "1 of 1 pod have what they asked for"),
+        ({"pods": enforced(1)}, "1 of 1 pod has what it asked for"),
         (
             {"pods": [*enforced(3), invalid()]},
             "3 of 4 pods have what they asked for; default/worker-1: invalid",
@@ -189,7 +189,7 @@ def enforced(count: int) -> list[Pod]:
         ),
         (
             {"pods": enforced(1), "gpus": [gpu(0), gpu(3, state="held"), lost()]},
-            "1 of 1 pod have what they asked for; GPU 3: held; GPU GPU-3f9a1c2e: lost",
+            "1 of 1 pod has what it asked for; GPU 3: held; GPU GPU-3f9a1c2e: lost",
         ),
         (
             {
