@@ -153,7 +153,6 @@ def _gpu(gpu: messages.Gpu, reply: messages.StatusReply, page: _Page) -> list[st
     model = f", {gpu.name}" if gpu.name else ""
     index = "without an index now" if gpu.index is None else str(gpu.index)
     pci = f", PCI {gpu.pci}" if gpu.pci else ""
-    target = "none: left as it is" if gpu.target_mw is None else watts(gpu.target_mw)
     return [
         *wrapped(escape(f"GPU {index}, {gpu.uuid}{pci}{model}"), page.width, "", "  "),
         *_state(gpu.state, gpu.reason, names, page),
@@ -161,11 +160,18 @@ def _gpu(gpu: messages.Gpu, reply: messages.StatusReply, page: _Page) -> list[st
         *_assigned(gpu, names, page),
         *_asked(gpu, reply, page),
         *_bounds(gpu, reply.enforcer, page),
-        *page.field("target", target),
+        *page.field("target", _target(gpu)),
         *_written(gpu, reply.enforcer, page),
         *_read_back(gpu, page),
         *_found(gpu, page),
     ]
+
+
+def _target(gpu: messages.Gpu) -> str:
+    if gpu.target_mw is not None:
+        return watts(gpu.target_mw)
+    would_be = "" if gpu.wanted_mw is None else f"; would be {watts(gpu.wanted_mw)}"
+    return f"none: left as it is{would_be}"
 
 
 def _processes(gpu: messages.Gpu, names: dict[str, str], page: _Page) -> list[str]:

@@ -112,6 +112,13 @@ def test_a_path_that_is_longer_than_a_line_ends_it_behind_a_slash(width: int) ->
     assert path in "".join(line.strip() for line in text[first : last + 1])
 
 
+def test_what_a_dry_run_would_set_is_not_called_nothing() -> None:
+    dry = gpu(0, original_mw=None, target_mw=None, wanted_mw=350_000, managed=False)
+    explanation = explain(reply(gpus=[dry]), "0", 100)
+    assert explanation is not None
+    assert "  target      none: left as it is; would be 350 W" in explanation.text
+
+
 def test_a_gpu_that_was_given_back_was_touched() -> None:
     free = gpu(0, state="free", original_mw=None, managed=False)
     for writes, said in (({}, "never touched"), ({"release": 1}, "given back as it was found")):
