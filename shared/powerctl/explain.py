@@ -263,7 +263,7 @@ def _found(gpu: messages.Gpu, page: _Page) -> list[str]:
     default = f"factory default {watts(gpu.default_mw)}"
     if gpu.original_mw is not None:
         return page.field("found", f"{watts(gpu.original_mw)} at first touch; {default}")
-    found = "given back as it was found" if any(gpu.writes.values()) else "never touched"
+    found = "given back" if any(gpu.writes.values()) else "never touched"
     return page.field("found", f"{found}; {default}")
 
 

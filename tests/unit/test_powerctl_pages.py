@@ -121,7 +121,7 @@ def test_what_a_dry_run_would_set_is_not_called_nothing() -> None:
 
 def test_a_gpu_that_was_given_back_was_touched() -> None:
     free = gpu(0, state="free", original_mw=None, managed=False)
-    for writes, said in (({}, "never touched"), ({"release": 1}, "given back as it was found")):
+    for writes, said in (({}, "never touched"), ({"release": 1}, "given back")):
         status = reply(gpus=[msgspec.structs.replace(free, writes=writes)])
         explanation = explain(status, "0", 100)
         assert explanation is not None
