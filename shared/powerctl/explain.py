@@ -164,7 +164,6 @@ def _gpu(gpu: messages.Gpu, reply: messages.StatusReply, page: _Page) -> list[st
     model = f", {gpu.name}" if gpu.name else ""
     index = "without an index now" if gpu.index is None else str(gpu.index)
     pci = f", PCI {gpu.pci}" if gpu.pci else ""
-    target = "none: left as it is" if gpu.target_mw is None else watts(gpu.target_mw)
     return [
         *wrapped(escape(f"GPU {index}, {gpu.uuid}{pci}{model}"), page.width, "", "  "),
         *_state(gpu.state, gpu.reason, names, page),
@@ -172,11 +171,18 @@ def _gpu(gpu: messages.Gpu, reply: messages.StatusReply, page: _Page) -> list[st
         *_assigned(gpu, names, page),
         *_asked(gpu, reply, page),
         *_bounds(gpu, reply.enforcer, page),
-        *page.field("target", target),
+        *page.field("target", _target(gpu)),
         *_written(gpu, reply.enforcer, page),
         *_read_back(gpu, page),
         *_found(gpu, page),
     ]
+
+
+def _target(gpu: messages.Gpu) -> str:
+    if gpu.target_mw is not None:
+        return watts(gpu.target_mw)
+    would_be = "" if gpu.wanted_mw is None else f"; would be {watts(gpu.wanted_mw)}"
+    return f"none: left as it is{would_be}"
 
 
 def _processes(gpu: messages.Gpu, names: dict[str, str], page: _Page) -> list[str]:
@@ -265,10 +271,11 @@ def _read_back(gpu: messages.Gpu, page: _Page) -> list[str]:
 
 
 def _found(gpu: messages.Gpu, page: _Page) -> list[str]:
-    found = (
-        "never touched" if gpu.original_mw is None else f"{watts(gpu.original_mw)} at first touch"
-    )
-    return page.field("found", f"{found}; factory default {watts(gpu.default_mw)}")
+    default = f"factory default {watts(gpu.default_mw)}"
+    if gpu.original_mw is not None:
+        return page.field("found", f"{watts(gpu.original_mw)} at first touch; {default}")
+    found = "given back" if any(gpu.writes.values()) else "never touched"
+    return page.field("found", f"{found}; {default}")
 
 
 def _source(reply: messages.StatusReply) -> str:

@@ -54,14 +54,29 @@ def terminal_width() -> int:
 def wrapped(text: str, width: int, first: str = "", rest: str | None = None) -> list[str]:
     """Return `text` in lines that begin with `first`, then `rest` (as much blank space)."""
     rest = " " * len(first) if rest is None else rest
+    width = max(width, len(rest) + 8)
     lines = textwrap.wrap(
-        _UNIT.sub(STICKY, text),
-        max(width, len(rest) + 8),
+        _in_pieces(_UNIT.sub(STICKY, text), max(8, width - max(len(first), len(rest)))),
+        width,
         initial_indent=first,
         subsequent_indent=rest,
         break_on_hyphens=False,
     )
     return [line.replace(STICKY, " ") for line in lines] or [first.rstrip()]
+
+
+def _in_pieces(text: str, room: int) -> str:
+    """Return `text` with paths that are longer than a line divided behind a slash."""
+    return " ".join(" ".join(_pieces(word, room)) for word in text.split(" "))
+
+
+def _pieces(word: str, room: int) -> list[str]:
+    """Return the parts of a word, each as long as fits, so that no two fit into one line."""
+    parts = []
+    while len(word) > room and (cut := word.rfind("/", 1, room) + 1):
+        parts.append(word[:cut])
+        word = word[cut:]
+    return [*parts, word]
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,8 @@ def kubelet(reply: messages.StatusReply) -> Check:
         return Check(name=name, seen=seen)
     if state == "ok":
         return Check(name=name, seen="read: a limit stands when a pod is assigned its GPU")
+    if state == "not read yet" and reply.enforcer.nvml != "ok":
+        return Check(name=name, seen="not read yet: it is with the first GPU that NVML shows")
     remedy = (
         "mount device-plugins of the kubelet's root into the enforcer, read-only, and name that "
         "root in POWER_AGENT_KUBELET_DIR; until then a limit follows a pod's first process"
@@ -254,16 +256,19 @@ def brake(reply: messages.StatusReply) -> Check:
     """Warn where a person has stopped all writing, or keeps a GPU free of limits."""
     name, folder = "brake", posixpath.dirname(reply.enforcer.ledger)
     paused, released = reply.enforcer.paused, reply.enforcer.released
-    if paused is not None:
-        seen = f"paused{paused and f' ({paused})'}: no limit is written, at a stop neither"
-        return warn(name, seen, f"when that is over: rm {folder}/pause")
     here = {gpu.uuid for gpu in reply.gpus}
+    seen, remedies = [], []
+    if paused is not None:
+        seen.append(f"paused{paused and f' ({paused})'}: no limit is written, at a stop neither")
+        remedies.append(f"when that is over: rm {folder}/pause")
     if strange := [each for each in released if each not in here]:
-        seen = f"{folder}/release names no GPU of this node: {', '.join(strange)}"
-        return warn(name, seen, "each line begins with a UUID as powerctl status has it")
-    if released:
-        seen = f"a person keeps these free of limits: {', '.join(released)}"
-        return warn(name, seen, f"when that is over: rm {folder}/release")
+        seen.append(f"{folder}/release names no GPU of this node: {', '.join(strange)}")
+        remedies.append("each line begins with a UUID as powerctl status has it")
+    if free := [each for each in released if each in here]:
+        seen.append(f"a person keeps these free of limits: {', '.join(free)}")
+        remedies.append(f"when that is over: rm {folder}/release")
+    if seen:
+        return warn(name, "; ".join(seen), "; ".join(remedies))
     return Check(name=name, seen="off: nothing is paused, and no GPU is kept free by hand")
 
 

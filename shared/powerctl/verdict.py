@@ -43,7 +43,8 @@ def _pods(reply: messages.StatusReply) -> str:
         return "no pod of this node asks for a limit"
     unmet = {state: [pod for pod in reply.pods if pod.state == state] for state in _UNMET}
     has = len(reply.pods) - sum(map(len, unmet.values()))
-    head = f"{has} of {plural(len(reply.pods), 'pod')} have what they asked for"
+    have = "pod has what it" if len(reply.pods) == 1 else "pods have what they"
+    head = f"{has} of {len(reply.pods)} {have} asked for"
     return "; ".join([head, *_some(unmet)])
 
 

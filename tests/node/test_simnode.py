@@ -132,6 +132,7 @@ def test_up_says_how_to_reach_it(up: Callable[..., Up]) -> None:
     if shutil.which("kubectl"):
         assert run("kubectl annotate").returncode == 0
     assert "mistyped" in run("powerctl explain").stdout
+    assert '"component":"enforcer"' in run("tail").stdout
     status = run("powerctl status")
     assert status.returncode == (0 if shutil.which("kubectl") else 1)  # mended by then
     verdict, *_ = status.stdout.split("\n\n")

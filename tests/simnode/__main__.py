@@ -202,7 +202,8 @@ def _populate(node: SimNode) -> None:
     """A pod on each GPU; the first of them asks for something."""
     for gpu in range(len(node.gpus)):
         limit = None if gpu else node.gpus[0].default_mw // 2000
-        node.add_pod(f"worker-{gpu}", limit=limit, gpus=[gpu])
+        pod = node.add_pod(f"worker-{gpu}", limit=limit, gpus=[gpu])
+        node.assign(pod, [gpu])
 
 
 if __name__ == "__main__":

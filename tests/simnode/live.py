@@ -29,10 +29,12 @@ def how_to_reach(node: SimNode, kubeconfig: Path) -> list[str]:
         f"export PATH={shlex.quote(':'.join(programs))}:$PATH",
         f"export KUBECONFIG={shlex.quote(str(kubeconfig))}",
         f"export POWER_AGENT_RUN_DIR={shlex.quote(str(node.run_dir))}",
+        *_no_kubectl(programs),
         "kubectl get pods",
         f"kubectl annotate pod {pod} {ANNOTATION}=300 --overwrite",
         f"kubectl delete pod {pod}",
         *([f"curl -s {metrics}"] if metrics else ["# metrics: off"]),
+        f"tail -n 5 {shlex.quote(str(node.log_file))}",
         "powerctl status",
         f"powerctl explain default/{pod}",
         "powerctl events",
@@ -44,6 +46,13 @@ def _kubectl_folder() -> list[str]:
     assets = Path(os.environ.get("KUBEBUILDER_ASSETS") or "/nonexistent")
     found = (assets / "kubectl").exists() and not shutil.which("kubectl")
     return [str(assets)] if found else []
+
+
+def _no_kubectl(folders: list[str]) -> list[str]:
+    """A remark, where the commands that follow would not be found."""
+    if any(shutil.which("kubectl", path=path) for path in (None, *folders)):
+        return []
+    return ["# there is no kubectl here; `make kube-assets` builds one and prints its folder"]
 
 
 def _fitting(lines: list[str], hints: list[str]) -> list[str]:

@@ -195,6 +195,11 @@ class SimNode:
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
+    @property
+    def log_file(self) -> Path:
+        """What the agent writes under supervisord, both programs in one."""
+        return self._log("supervisord")
+
     # ------------------------------------------------------------------ the agent
 
     def start(self, *, linked: bool = True) -> None:

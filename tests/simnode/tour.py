@@ -340,3 +340,5 @@ def introduce(node: SimNode, paper: Paper) -> None:
     paper.say(f"    agent       under supervisord, {users}")
     paper.say(f"    workers     real processes, {node.place.described}")
     paper.say(f"    metrics     {node.metrics_url or 'off'}")
+    paper.say(f"    log         {node.log_file}")
+    paper.say(f"    ledger      {node.state_dir}")

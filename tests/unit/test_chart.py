@@ -371,6 +371,7 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "a group misspelt": ({"setting": {}}, "additional properties 'setting'"),
     "privileges unknown": ({"privileges": "none"}, "'all', 'minimal'"),
     "no node at a time": ({"maxUnavailable": 0}, "maxUnavailable"),
+    "an update unknown": ({"updateStrategy": "Recreate"}, "'RollingUpdate', 'OnDelete'"),
     "policies that cross": (
         {"admission": {"enabled": True, "minWatts": 300}, "settings": {"maxWatts": 200}},
         "admission.minWatts=300 is above admission.maxWatts=200",
@@ -761,6 +762,26 @@ def test_single_alerts_can_be_left_out() -> None:
     every = alerts([])
     off = [every[0], every[-1]]
     assert alerts(off) == [each for each in every if each not in off]
+
+
+def test_helm_test_runs_where_the_agent_does() -> None:
+    """Other nodes may not have the image, and pull none."""
+    wanted: Object = {
+        "nodeSelector": {"nvidia.com/gpu.present": None, "example.com/gpu": "yes"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {}},
+    }
+    made = named(render(wanted))
+    test = made["Pod", "power-agent-test"]["spec"]
+    agent = template(list(made.values()))["spec"]
+    for field in ("nodeSelector", "tolerations", "affinity"):
+        assert test[field] == agent[field], field
+    assert test["nodeSelector"] == {"example.com/gpu": "yes"}
+
+
+def test_an_update_may_wait_for_whoever_deletes_the_pods() -> None:
+    daemonset = named(render({"updateStrategy": "OnDelete"}))["DaemonSet", "power-agent"]
+    assert daemonset["spec"]["updateStrategy"] == {"type": "OnDelete"}
 
 
 def test_every_node_if_it_is_said() -> None:

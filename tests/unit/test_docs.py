@@ -17,6 +17,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Set by the kubelet and by deploy/supervised/launch.py, never by a person.
 NOT_FOR_PEOPLE = {"KUBERNETES_SERVICE_HOST", "POWER_AGENT_SUPERVISED"}
 COMMAND = re.compile(r"(?:^ {4}|`|KUBECONFIG=\S+ )make ([a-z-]+)", re.MULTILINE)
+ON_A_CLUSTER = re.compile(r"(?:^ {4,}|`)((?:kubectl|helm) [^`\n#]+)", re.MULTILINE)
 FILE = re.compile(r"`((?:enforcer|watcher|shared|deploy|docs|tests)/[\w./-]*)`")
 
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
@@ -54,6 +55,16 @@ def test_every_make_target_that_is_named_exists_and_contributing_names_them_all(
     asked = {page.name: set(COMMAND.findall(page.read_text())) for page in PAGES}
     assert {name: made - targets for name, made in asked.items() if made - targets} == {}
     assert targets - asked["CONTRIBUTING.md"] == {"clean", "help"}
+
+
+@on_every_page
+def test_commands_about_the_agent_name_its_namespace_and_what_they_delete(page: Path) -> None:
+    """Whoever copies one at night has another namespace in mind, and a name alone is no object."""
+    named = re.compile(r" -n | -A\b|--raw |clusterrole| -[fk] ?deploy/| -k | annotate ")
+    for command in ON_A_CLUSTER.findall(page.read_text()):
+        if re.search(r"power-agent|\bPOD\b|\bds\b", command):
+            assert named.search(command), command
+        assert not re.search(r"^kubectl delete (-n \S+ )?(?!-|\$)\S+$", command), command
 
 
 @on_every_page

@@ -1200,6 +1200,18 @@ def test_doctor_exits_1_on_a_failure(run_dir: Path) -> None:
             "rm /var/lib/power-agent/release",
         ),
         (
+            {"enforcer": enforcer(paused="hums", released=["0"])},
+            "brake",
+            "warn",
+            "rm /var/lib/power-agent/pause; each line begins with a UUID",
+        ),
+        (
+            {"enforcer": enforcer(nvml="absent", kubelet="not read yet")},
+            "kubelet's assignments",
+            "ok",
+            "",
+        ),
+        (
             {
                 "gpus": [gpu(0, write_failures={"NO_PERMISSION": 2})],
                 "counters": Counters(limit_write_failures=2),

@@ -99,6 +99,35 @@ def test_every_page_stays_within_the_width_and_uses_it(width: int) -> None:
     assert width * 0.8 <= max(widest) <= width, widest
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_path_that_is_longer_than_a_line_ends_it_behind_a_slash(width: int) -> None:
+    path = "/var/lib/kubelet/device-plugins/" + "a-folder-of-this-name/" * 3 + "checkpoint"
+    checks = reply_checks.from_reply(reply(enforcer=enforcer(kubelet=f"{path}: not there")))
+    text = doctor.lines(checks, width=width)
+    assert max(map(len, text)) <= width
+    first = next(number for number, line in enumerate(text) if "/var/lib/kubelet/" in line)
+    last = next(number for number, line in enumerate(text) if "checkpoint:" in line)
+    assert first < last
+    assert all(line.endswith("/") for line in text[first:last])
+    assert path in "".join(line.strip() for line in text[first : last + 1])
+
+
+def test_what_a_dry_run_would_set_is_not_called_nothing() -> None:
+    dry = gpu(0, original_mw=None, target_mw=None, wanted_mw=350_000, managed=False)
+    explanation = explain(reply(gpus=[dry]), "0", 100)
+    assert explanation is not None
+    assert "  target      none: left as it is; would be 350 W" in explanation.text
+
+
+def test_a_gpu_that_was_given_back_was_touched() -> None:
+    free = gpu(0, state="free", original_mw=None, managed=False)
+    for writes, said in (({}, "never touched"), ({"release": 1}, "given back")):
+        status = reply(gpus=[msgspec.structs.replace(free, writes=writes)])
+        explanation = explain(status, "0", 100)
+        assert explanation is not None
+        assert f"  found       {said}; factory default 700 W" in explanation.text
+
+
 def test_what_is_left_out_where_it_is_narrow_is_said_and_nothing_is_where_it_is_wide() -> None:
     narrow = "\n".join(overview.status(trouble(), width=60))
     assert "left out: PCI, DRAW, RANGE, FOUND, MODEL" in narrow
@@ -142,7 +171,7 @@ def enforced(count: int) -> list[Pod]:
     ("changes", "said"),
     [
         ({"pods": enforced(4)}, "4 of 4 pods have what they asked for"),
-        ({"pods": enforced(1)}, "1 of 1 pod have what they asked for"),
+        ({"pods": enforced(1)}, "1 of 1 pod has what it asked for"),
         (
             {"pods": [*enforced(3), invalid()]},
             "3 of 4 pods have what they asked for; default/worker-1: invalid",
@@ -167,7 +196,7 @@ def enforced(count: int) -> list[Pod]:
         ),
         (
             {"pods": enforced(1), "gpus": [gpu(0), gpu(3, state="held"), lost()]},
-            "1 of 1 pod have what they asked for; GPU 3: held; GPU GPU-3f9a1c2e: lost",
+            "1 of 1 pod has what it asked for; GPU 3: held; GPU GPU-3f9a1c2e: lost",
         ),
         (
             {
