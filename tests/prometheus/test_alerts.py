@@ -19,6 +19,7 @@ from tests.prometheus.cases import (
     UUID,
     Case,
     Values,
+    Window,
     counted,
     gpu_is,
     of_gpu,
@@ -73,6 +74,15 @@ def failures(*at_minutes: float) -> dict[str, Values]:
     """Writes that were refused: there is no series before the first."""
     name = of_gpu("power_agent_limit_write_failures_total", error="NVML_ERROR_UNKNOWN")
     return {name: since(at_minutes[0], counted(*at_minutes))}
+
+
+def pod_states(failed: tuple[Window, ...], untold: Window | None) -> dict[str, Values]:
+    """As `pod_is("failed", …)`, and no series at all while nobody tells of pods."""
+    told = pod_is("failed", *failed)
+    for values in told.values():
+        for at in samples(*untold) if untold else ():
+            values[at] = None
+    return told
 
 
 def since(minute: float, values: Values) -> Values:
@@ -391,6 +401,32 @@ CASES = [
         {name: values for name, values in kube("other").items() if "allocatable" not in name},
         NOTHING,
         agent=False,
+    ),
+    Case(
+        "both programs restart while the API is away: no pod is told of",
+        started("watcher", 15)
+        | started("enforcer", 15)
+        | ages("snapshot", 15, 25)
+        | ages("api", 15, 25)
+        | pod_states(failed=((10, 15), (25, 30)), untold=(15, 25)),
+        {14: FAILED, 16: FAILED, 19: FAILED, 24: FAILED | {"ApiSilent"}, 28: FAILED, 31: set()},
+    ),
+    Case(
+        "both programs restart while the API is away, and the pod has gone meanwhile",
+        started("watcher", 15)
+        | started("enforcer", 15)
+        | ages("snapshot", 15, 18)
+        | ages("api", 15, 18)
+        | pod_states(failed=((10, 15),), untold=(15, 60)),
+        {14: FAILED, 17: FAILED, 19: set(), 30: set()},
+    ),
+    Case(
+        "the watcher restarts while the API is away, and the enforcer mends the limit",
+        started("watcher", 15)
+        | ages("snapshot", 15, 25)
+        | ages("api", 15, 18)
+        | pod_states(failed=((10, 17),), untold=None),
+        {14: FAILED, 16: FAILED, 18: set(), 19: set()},
     ),
     Case(
         "the node is taken away",
