@@ -388,9 +388,7 @@ class Agent:
         gpus = report.records(self._fleet, self._ledger.entries, self._desk.desired())
         gpus = report.with_names(gpus, self._roster)
         asked = snapshot.pods if snapshot else ()
-        # Without a driver no process uses it.
-        faults = "ok" if self._me.nvml == "absent" else self._me.nvml_message
-        pods = report.pods(asked, self._fleet, gpus, faults)
+        pods = report.pods(asked, self._fleet, gpus, self._me.nvml_message)
         me = msgspec.structs.replace(
             self._me,
             uptime_s=round(self._clock.now_s() - self._desk.started_s, 3),

@@ -35,9 +35,10 @@ first set counts as the first. Its wait does not delay another target.
 
 It is not needed where the hardware has the target already.
 
-A limit that the driver forgot is no drift but an adjustment: nobody else has changed it. That is so
-where persistence mode is off and a new session finds the board at its default. Nor is one a drift
-that never stood: its write was refused or cut short, perhaps before this start.
+A limit that the driver or the board forgot is no drift but an adjustment: nobody else has changed
+it. That is so where a new session finds the board at its default, and persistence mode is off or
+the board was lost before: then it was reset. Nor is one a drift that never stood: its write was
+refused or cut short, perhaps before this start.
 """
 
 from collections.abc import Mapping
@@ -58,6 +59,7 @@ _AGAIN = Backoff(first_s=1.0, most_s=32.0)
 _CUT_OFF_S = 180.0
 _NEVER_STOOD = "nobody else changed it: when it was last set, that was refused or cut short"
 _FORGOTTEN = "the driver had forgotten it while NVML was closed, since persistence mode is off"
+_RESET = "nobody else changed it: it was lost, and is back at its default"
 # A GPU that is lost again and again is searched for ever more seldom.
 _LOST = Backoff(first_s=1.0, most_s=600.0)
 # More than ran at one time: then those that run now are remembered.
@@ -86,6 +88,7 @@ class Present:
     """It answers: its board, and what was last read and seen of it in this session.
 
     `is_default`: in this session no reading showed another limit than the board's default.
+    `was_lost`: it is back, and all readings since then showed that default.
     `cut_off_s`: since when every reading was refused as where a new session may help.
     """
 
@@ -95,6 +98,7 @@ class Present:
     reading: Reading = UNREAD
     sighting: Sighting | None = None
     is_default: bool = True
+    was_lost: bool = False
     cut_off_s: float | None = None
 
 
@@ -133,7 +137,8 @@ class Gpu:
     # Who was seen on it together with the pods that it is kept for: they have not taken it.
     beside: Tenants = frozenset()
     decision: Decision = UNDECIDED
-    # Its state as it was last told, in a dry run with the limit that it would have.
+    # Its state as it was last told: where it is held with the reason, in a dry run with the limit
+    # that it would have.
     said: str = UNDECIDED.state
     # The pods that it has a limit for, or had one for until it is given back.
     kept_for: frozenset[str] = frozenset()
@@ -232,9 +237,9 @@ def concerned(gpu: Gpu) -> frozenset[str]:
 def found(gpu: Gpu, board: Board, session: int, now_s: float) -> tuple[Gpu, list[Happening]]:
     """Return the GPU after it answered in that session."""
     facts = board.facts.or_else(gpu.facts)
-    where = Present(board, session, now_s)
+    where = Present(board, session, now_s, was_lost=isinstance(gpu.where, Lost))
     if isinstance(gpu.where, Present):
-        where = replace(where, since_s=gpu.where.since_s)
+        where = replace(where, since_s=gpu.where.since_s, was_lost=gpu.where.was_lost)
     if isinstance(gpu.where, Present) and gpu.where.session == session:
         before = gpu.where
         where = replace(where, is_default=before.is_default, cut_off_s=before.cut_off_s)
@@ -303,7 +308,8 @@ def was_read(gpu: Gpu, reading: Reading) -> Gpu:
     here = replace(gpu.where, reading=reading)
     if reading.limit_mw is not None:
         is_default = here.is_default and reading.limit_mw == gpu.facts.default_mw
-        here = replace(here, is_default=is_default, cut_off_s=None)
+        was_lost = here.was_lost and is_default
+        here = replace(here, is_default=is_default, was_lost=was_lost, cut_off_s=None)
     return gpu if here == gpu.where else replace(gpu, where=here)
 
 
@@ -323,10 +329,14 @@ def is_cut_off(gpu: Gpu, now_s: float) -> bool:
     return now_s >= gpu.where.cut_off_s + _CUT_OFF_S
 
 
-def _is_forgotten(gpu: Gpu) -> bool:
-    """Tell whether the driver has forgotten its limit, if it is not the one that it should be."""
-    known = gpu.limit_mw is not None and gpu.facts.persistence is False
-    return known and isinstance(gpu.where, Present) and gpu.where.is_default
+def _forgotten(gpu: Gpu) -> str:
+    """Return how its limit was forgotten, if it is not the one that it should be; else nothing."""
+    here = gpu.where
+    if gpu.limit_mw is None or not isinstance(here, Present) or not here.is_default:
+        return ""
+    if here.was_lost:
+        return _RESET
+    return _FORGOTTEN if gpu.facts.persistence is False else ""
 
 
 def was_seen(gpu: Gpu, sighting: Sighting) -> Gpu:
@@ -444,8 +454,8 @@ def _with_what_stood(gpu: Gpu, decision: Decision) -> Gpu:
 
 def _no_drift(gpu: Gpu, decision: Decision) -> str:
     """Return why a limit that is not as it should be was changed by nobody; empty if it was."""
-    if _is_forgotten(gpu):
-        return _FORGOTTEN
+    if forgotten := _forgotten(gpu):
+        return forgotten
     return "" if gpu.stood_mw == decision.target_mw else _NEVER_STOOD
 
 
@@ -468,12 +478,13 @@ def shown(gpu: Gpu) -> tuple[GpuState, str]:
 def news(gpu: Gpu) -> Gpu:
     """Return the GPU with its state as told, which is another one where there is news.
 
-    In a dry run, or while it is paused, another limit that it would have is news too: no other line
-    tells of it.
+    What it is held for is news too, since no other line tells of it. So is, in a dry run or while
+    it is paused, another limit that it would have.
     """
     if gpu.decision is UNDECIDED or isinstance(gpu.where, Unseen):
         return gpu
-    said: str = shown(gpu)[0]
+    state, why = shown(gpu)
+    said = f"{state}: {why}" if state == "held" else state
     if gpu.decision.withheld:
         said = f"{said}, {gpu.decision.withheld} {gpu.decision.target_mw}"
     return gpu if said == gpu.said else replace(gpu, said=said)

@@ -24,7 +24,8 @@ def test_nvml_missing_at_start_and_appearing_later() -> None:
         node.run_pod(A)
         node.start()
         (pod,) = node.snapshot({A: 300}).pods
-        assert pod.reason == "no process of it is seen on a GPU yet"  # though one runs there
+        missing = "NVML: nvmlInit: DRIVER_NOT_LOADED; load the NVIDIA driver"
+        assert pod.reason == f"no process of it is seen on a GPU yet; {missing}"  # one runs there
         assert node.status().enforcer.nvml == "absent"
         assert "driver" in node.status().enforcer.nvml_message
         node.gpus.driver_present()

@@ -272,6 +272,37 @@ def test_while_nvml_is_refused_the_next_try_is_that_of_nvml(tmp_path: Path) -> N
     assert "limits stay as they are" in str(line["holds"])
 
 
+@pytest.mark.parametrize("persistence", [True, None])
+def test_a_board_that_was_reset_while_it_was_lost_was_changed_by_nobody(
+    tmp_path: Path, persistence: bool | None
+) -> None:
+    life = with_a_pod(tmp_path)
+    for _ in range(2):
+        life.device.vanish("GPU-1")
+        life.pass_s(3)
+        life.board(1).limit_mw, life.board(1).persistence = 700_000, persistence
+        life.device.reappear("GPU-1")
+        life.pass_s(60)
+        assert life.watts(1) == 350
+    assert life.log.events("limit_drifted") == []
+    assert "it was lost, and is back at its default" in str(life.log.events("limit_set")[-1]["why"])
+    assert life.status().gpus[1].writes == {"acquire": 1, "adjust": 2}
+    assert life.status().counters.drifts == 0
+    life.board(1).limit_mw = 700_000  # now it is somebody
+    life.pass_s(20)
+    assert "somebody else had changed it" in str(only(life, "limit_drifted")["why"])
+
+
+def test_a_board_that_comes_back_with_another_limit_was_changed(tmp_path: Path) -> None:
+    life = with_a_pod(tmp_path)
+    life.device.vanish("GPU-1")
+    life.pass_s(3)
+    life.board(1).limit_mw = 500_000
+    life.device.reappear("GPU-1")
+    life.pass_s(60)
+    assert only(life, "limit_drifted")["from_watts"] == 500
+
+
 # ---- held ----
 
 
@@ -284,6 +315,19 @@ def test_a_gpu_that_is_held_is_a_warning_with_the_drivers_error(tmp_path: Path) 
     assert "pids: UNKNOWN" in str(line["why"])
     assert line["holds"] == "its limit is 350 W meanwhile; it is neither raised nor given back"
     assert line["pods"] == [CALLED]
+
+
+def test_a_gpu_that_is_held_for_another_reason_is_told_anew(tmp_path: Path) -> None:
+    life = with_a_pod(tmp_path)
+    life.board(1).faults["pids"] = "UNKNOWN"
+    life.pass_s(30)
+    life.board(1).faults["pids"] = "NO_SENSE"
+    life.pass_s(30)
+    life.board(1).faults.clear()
+    life.pass_s(3)
+    whys = [str(line["why"]) for line in life.log.events("gpu_state")]
+    assert states(life) == ["managed", "held", "held", "managed"]
+    assert ["UNKNOWN" in whys[1], "NO_SENSE" in whys[2]] == [True, True]
 
 
 def test_a_restart_is_no_warning(tmp_path: Path) -> None:
