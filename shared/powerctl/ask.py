@@ -39,6 +39,7 @@ class UnreachableError(Exception):
         self.reason = reason
         self.remedy = remedy
         self.busy = busy
+        self.unclear = unclear
 
 
 def ask(

@@ -27,6 +27,8 @@ def examine(
         reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)
     except UnreachableError as error:
         checks.append(fail("enforcer", error.reason, error.remedy))
+        if not error.unclear:  # it refuses: its process is not what is wrong
+            return [*checks, node_checks.cgroup_version(proc)], False
         checks += away_checks.checks(run_dir, proc, environment, socket.gethostname())
         return [*checks, node_checks.cgroup_version(proc)], False
     took_ms = (time.monotonic() - began) * 1000

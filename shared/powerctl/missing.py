@@ -49,8 +49,7 @@ def _no_pod(reply: messages.StatusReply, subject: str) -> str:
             f"nothing, and nothing is limited for it; powerctl explain {gpu_label(found[0])}"
         )
     if reply.watcher.age_s is None:
-        trouble = api_trouble(reply.watcher) or "the watcher has not told of any pod yet"
-        return f"no pod is known: {trouble}; powerctl doctor looks for the cause"
+        return f"no pod is known: {_unheard(reply)}; powerctl doctor looks for the cause"
     node = reply.enforcer.node or "this node"
     text = f"no annotated pod of {node} is called {subject!r}"
     trouble = api_trouble(reply.watcher)
@@ -72,10 +71,18 @@ def _command(subject: str) -> str:
 def _gone(reply: messages.StatusReply, subject: str, uids: list[str]) -> str:
     kept = [gpu for gpu in reply.gpus if set(uids) & set(gpu.pods)]
     labels = ", ".join(gpu_label(gpu) for gpu in kept)
-    text = f"pod {subject} has gone"
+    text, still = f"pod {subject} has gone", "still has its limit"
+    if reply.watcher.age_s is None:
+        # The name is the ledger's, and nobody has told yet which pods there are.
+        text = f"whether pod {subject} is still there is not known: {_unheard(reply)}"
+        still = "is kept for it"
     if not kept:
         return text
-    return f"{text}; GPU {labels} still has its limit: powerctl explain {gpu_label(kept[0])}"
+    return f"{text}; GPU {labels} {still}: powerctl explain {gpu_label(kept[0])}"
+
+
+def _unheard(reply: messages.StatusReply) -> str:
+    return api_trouble(reply.watcher) or "the watcher has not told of any pod yet"
 
 
 def near(reply: messages.StatusReply, subject: str) -> list[str]:

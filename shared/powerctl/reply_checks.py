@@ -140,11 +140,17 @@ def kubelet(reply: messages.StatusReply) -> Check:
         return Check(name=name, seen="read: a limit stands when a pod is assigned its GPU")
     if state == "not read yet" and reply.enforcer.nvml != "ok":
         return Check(name=name, seen="not read yet: it is with the first GPU that NVML shows")
-    remedy = (
-        "mount device-plugins of the kubelet's root into the enforcer, read-only, and name that "
-        "root in POWER_AGENT_KUBELET_DIR; until then a limit follows a pod's first process"
-    )
-    return warn(name, state, remedy)
+    if "not a checkpoint" in state:
+        remedy = (
+            "the kubelet's version may write what is not known here (`Tested on` in README.md); a "
+            "file that is damaged it writes anew when it next assigns a device"
+        )
+    else:
+        remedy = (
+            "mount device-plugins of the kubelet's root into the enforcer, read-only, and name "
+            "that root in POWER_AGENT_KUBELET_DIR"
+        )
+    return warn(name, state, f"{remedy}; until then a limit follows a pod's first process")
 
 
 def process_lists(reply: messages.StatusReply) -> Check:
@@ -208,7 +214,7 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
     wrong = [gpu for gpu in reply.gpus if gpu.state in ("held", "failed", "lost")]
     for gpu in wrong:
         paused = gpu.reason.startswith("paused")
-        remedy = "`brake`, below" if paused else _remedy(gpu)
+        remedy = "`brake`, below" if paused else _remedy(gpu, reply.enforcer.nvml)
         yield fail(f"GPU {gpu_label(gpu)}", f"{gpu.state}: {gpu.reason}", remedy)
     if not wrong:
         yield Check(name="GPUs", seen=f"{len(reply.gpus)} known, none failed, lost or held")
@@ -223,7 +229,9 @@ def gpus(reply: messages.StatusReply) -> Iterator[Check]:
             )
 
 
-def _remedy(gpu: messages.Gpu) -> str:
+def _remedy(gpu: messages.Gpu, nvml: messages.NvmlState) -> str:
+    if gpu.state == "lost" and nvml != "ok":
+        return _ABOVE.format("`NVML`")
     found = [remedy for words, remedy in _REMEDIES if words in gpu.reason]
     if found and gpu.state != "lost":
         return found[0]
@@ -284,6 +292,7 @@ def denied(counters: messages.Counters) -> Check:
     return warn(
         name,
         seen,
-        "powerctl events shows whose, as they come; nothing comes: it is over. Whoever should be "
+        "powerctl events shows whose, as they come; nothing comes: it is over. One program that "
+        "keeps trying counts about ten a second (powerctl: two seconds). Whoever should be "
         "heard: POWER_AGENT_WATCHER_UID is the watcher's, POWER_AGENT_READER_UIDS are readers'",
     )

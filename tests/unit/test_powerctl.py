@@ -382,11 +382,15 @@ def test_exit_3_where_this_uid_is_not_admitted(run_dir: Path) -> None:
     server = Server(run_dir, [12345])
     try:
         done = powerctl("status", "--socket", run_dir, "--timeout", "0.2")
+        doctor = powerctl("doctor", "--socket", run_dir, "--timeout", "0.2")
     finally:
         server.close()
     assert done.returncode == 3
     assert f"uid 0 is not admitted at {run_dir}/control.sock" in done.stderr
     assert "POWER_AGENT_READER_UIDS" in done.stderr
+    # An enforcer that refuses somebody works: nothing else is to be searched, restarted or killed.
+    assert (doctor.returncode, "POWER_AGENT_READER_UIDS" in doctor.stdout) == (3, True)
+    assert "enforcer process" not in doctor.stdout
 
 
 def test_exit_3_where_the_enforcer_denies_or_speaks_another_version(run_dir: Path) -> None:
@@ -1210,6 +1214,33 @@ def test_doctor_exits_1_on_a_failure(run_dir: Path) -> None:
             "kubelet's assignments",
             "ok",
             "",
+        ),
+        (
+            {"enforcer": enforcer(kubelet="/k: not a checkpoint that is known here: truncated")},
+            "kubelet's assignments",
+            "warn",
+            "the kubelet's version",
+        ),
+        (
+            {"enforcer": enforcer(kubelet="/k: No such file or directory")},
+            "kubelet's assignments",
+            "warn",
+            "mount device-plugins",
+        ),
+        (
+            {
+                "enforcer": enforcer(nvml="failing", nvml_message="nvmlInit: UNKNOWN"),
+                "gpus": [gpu(0, state="lost", reason="nvmlInit: UNKNOWN")],
+            },
+            "GPU 0",
+            "fail",
+            "`NVML`, above",
+        ),
+        (
+            {"counters": Counters(refused_connections=82)},
+            "refused messages",
+            "warn",
+            "counts about ten a second",
         ),
         (
             {

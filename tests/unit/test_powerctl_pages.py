@@ -293,6 +293,13 @@ def test_a_pod_that_has_gone_is_still_called_by_name() -> None:
     assert missing.why(status, "team-a/old-0") == (
         "pod team-a/old-0 has gone; GPU 0 still has its limit: powerctl explain 0"
     )
+    unheard = WatcherStatus(
+        connected=False, api_error="Connection refused", unlisted="the API server gave no list"
+    )
+    said = missing.why(reply(gpus=[kept], pods=[], watcher=unheard), "team-a/old-0")
+    assert "has gone" not in said  # nobody has told of any pod yet
+    assert "Connection refused" in said
+    assert said.endswith("; GPU 0 is kept for it: powerctl explain 0")
     nameless = msgspec.structs.replace(kept, pod_names=[PodName(uid=GONE)])
     assert "  pod 5a8f0e6d" in "\n".join(overview.status(reply(gpus=[nameless], pods=[])))
 
