@@ -33,6 +33,10 @@ _NOTES_NEXT = "notes.next"
 _LOCK = "lock"
 _VERSION: Literal[1] = 1
 _MAX_BYTES = 4 << 20
+_FORGOTTEN = (
+    "no generation before it is there, so which limits the GPUs had before is forgotten: the limit "
+    "that one has now is taken for what it had, and is what it gets back"
+)
 _NOT_THERE = (errno.ENOENT,)
 # Something else lies under the name: a directory, or a link, which is not followed.
 _NO_FILE = (errno.EISDIR, errno.ELOOP)
@@ -139,6 +143,8 @@ class Ledger:
             elif book.gpus:
                 said.append(f"of another boot, hardware forgot, dropped: {', '.join(book.gpus)}")
             break
+        else:
+            said += [_FORGOTTEN] if said else []
         return said
 
     def _beside(self) -> dict[str, Tenants]:

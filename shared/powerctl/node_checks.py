@@ -194,6 +194,8 @@ def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: b
                 "somebody else wrote it: the enforcer writes it anew with its next change; one "
                 "that starts before moves it aside and takes the generation before it",
             )
+        if aside := sorted(candidate.parent.glob(f"{path.stem}*.damaged-*")):
+            return _damaged(name, [path.with_name(each.name) for each in aside])
         return Check(name=name, seen=f"{path}, {len(text)} bytes, {managed} GPUs managed")
     if managed and not reply.enforcer.dry_run:
         return fail(
@@ -202,6 +204,17 @@ def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: b
             "mount a writable host directory at POWER_AGENT_STATE_DIR; or run doctor there",
         )
     return Check(name=name, seen=f"{path}: not there, and no GPU is managed")
+
+
+def _damaged(name: str, aside: list[Path]) -> Check:
+    files = " ".join(map(str, aside))
+    return warn(
+        name,
+        f"moved aside as damaged: {files}",
+        "a GPU that had a limit then may be given back at that limit: where FOUND of powerctl "
+        "status is not what it should be, nvidia-smi -i GPU-… -pl WATTS when its pod has gone; "
+        f"then rm {files}",
+    )
 
 
 def proxy(environment: Mapping[str, str]) -> Iterator[Check]:

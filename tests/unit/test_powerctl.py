@@ -1514,6 +1514,12 @@ def test_doctor_judges_the_ledger(tmp_path: Path) -> None:
     assert result(told) == "fail"
     path.write_text("{}")
     assert result(told) == "ok"
+    aside = path.with_name("ledger.previous.json.damaged-20260101T000000-7")
+    aside.touch()
+    warned = node_checks.ledger(told, tmp_path / "proc", 50, as_root=True)
+    assert (warned.result, str(aside) in warned.seen) == ("warn", True)
+    assert f"rm {aside}" in warned.remedy
+    aside.unlink()
     faulty = reply(enforcer=enforcer(ledger=str(path), ledger_fault="No space left on device"))
     assert result(faulty) == "fail"
     # The enforcer's own view of its path goes first.
