@@ -4,6 +4,7 @@ They are made from this program's own place, which in the enforcer's container i
 """
 
 import errno
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,16 +14,29 @@ from shared.powerctl.check import Check, fail, warn
 from shared.powerctl.processes import Running, holder, running, text
 from shared.settings import DEFAULT_RUN_DIR
 
+# Where the manifests put it.
+_NAMESPACE = "dynamo-system"
 _STATE_DIR = "/var/lib/power-agent"
 _XID = "dmesg on the node (Xid, NVRM)"
 
 
-def logs(environment: Mapping[str, str], host: str, container: str) -> str:
+def logs(
+    environment: Mapping[str, str],
+    host: str,
+    container: str,
+    resolv: Path = Path("/etc/resolv.conf"),
+) -> str:
     """Return the command that shows a container's last lines; `host` is the pod's name in one."""
     if "KUBERNETES_SERVICE_HOST" not in environment:
         return f"the {container}'s last log lines (journalctl, or where its output goes)"
-    command = f"kubectl logs -n dynamo-system {host} -c {container} --tail=20"
+    command = f"kubectl logs -n {_namespace(resolv)} {host} -c {container} --tail=20"
     return f"{command} (with --previous where it has just been restarted)"
+
+
+def _namespace(resolv: Path) -> str:
+    """Return the pod's namespace: the kubelet lets names of its services be looked up first."""
+    found = re.search(r"^search\s+([a-z0-9-]+)\.svc\.", text(resolv), re.MULTILINE)
+    return found[1] if found else _NAMESPACE
 
 
 def checks(run_dir: Path, proc: Path, environment: Mapping[str, str], host: str) -> Iterator[Check]:

@@ -212,7 +212,7 @@ def _damaged(name: str, aside: list[Path]) -> Check:
         name,
         f"moved aside as damaged: {files}",
         "a GPU that had a limit then may be given back at that limit: where FOUND of powerctl "
-        "status is not what it should be, nvidia-smi -i GPU-… -pl WATTS when its pod has gone; "
+        "status is not what it should be, nvidia-smi -i UUID -pl WATTS when its pod has gone; "
         f"then rm {files}",
     )
 

@@ -541,11 +541,25 @@ def test_doctor_knows_who_refuses_the_hosts_cgroup_namespace(
     assert remedy in found.remedy
 
 
-def test_in_a_pod_the_next_command_is_one_of_kubectl() -> None:
+@pytest.mark.parametrize(
+    ("resolv", "namespace"),
+    [
+        ("search gpu-ops.svc.cluster.local svc.cluster.local cluster.local\n", "gpu-ops"),
+        ("nameserver 10.96.0.10\nsearch\tgpu-ops.svc.corp.example eu.example\n", "gpu-ops"),
+        ("search eu.svc-example.com example.com\n", "dynamo-system"),
+        ("search svc.cluster.local\n", "dynamo-system"),
+        (None, "dynamo-system"),
+    ],
+)
+def test_in_a_pod_the_next_command_is_one_of_kubectl_in_its_namespace(
+    tmp_path: Path, resolv: str | None, namespace: str
+) -> None:
     environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-    assert away_checks.logs(environment, "power-agent-x7k2p", "enforcer").startswith(
-        "kubectl logs -n dynamo-system power-agent-x7k2p -c enforcer --tail=20"
-    )
+    if resolv is not None:
+        (tmp_path / "resolv.conf").write_text(resolv)
+    assert away_checks.logs(
+        environment, "power-agent-x7k2p", "enforcer", tmp_path / "resolv.conf"
+    ).startswith(f"kubectl logs -n {namespace} power-agent-x7k2p -c enforcer --tail=20")
 
 
 def test_a_name_is_distant_from_another_by_its_typing_errors() -> None:
