@@ -35,7 +35,7 @@ class Orders:
         if self.paused is not None:
             said.append(f"{self.words}: no limit of this node is written, at a stop neither")
         if self.released:
-            said.append(f"given back and left alone: {', '.join(self.released)}")
+            said.append(f"to be given back and left alone: {', '.join(self.released)}")
         return "; ".join(said) or "nothing is paused or kept free of limits any more"
 
     @property

@@ -27,15 +27,11 @@ def examine(
         reply = ask(run_dir, messages.Status(), messages.StatusReply, timeout_s, patience)
     except UnreachableError as error:
         checks.append(fail("enforcer", error.reason, error.remedy))
-        if not error.unclear:  # it refuses: its process is not what is wrong
-            return [*checks, node_checks.cgroup_version(proc)], False
-        checks += away_checks.checks(run_dir, proc, environment, socket.gethostname())
+        if error.unclear:  # one that refuses works: its process is not what is wrong
+            checks += away_checks.checks(run_dir, proc, environment, socket.gethostname())
         return [*checks, node_checks.cgroup_version(proc)], False
     took_ms = (time.monotonic() - began) * 1000
-    try:
-        listener = listener_pid(run_dir)
-    except OSError:
-        listener = 0
+    listener = _listener(run_dir)
     seen = f"version {reply.enforcer.version} answered in {took_ms:.1f} ms"
     checks += [
         Check(name="enforcer", seen=seen),
@@ -52,6 +48,14 @@ def examine(
         ),
     ]
     return checks, True
+
+
+def _listener(run_dir: Path) -> int:
+    """Return the enforcer's pid as it is seen from here, 0 where it is not."""
+    try:
+        return listener_pid(run_dir)
+    except OSError:
+        return 0
 
 
 def _watchers(run_dir: Path, proc: Path, enforcer: int) -> watcher_checks.Sight:

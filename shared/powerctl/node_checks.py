@@ -179,8 +179,9 @@ def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: b
         return Check(name=name, seen=f"{path}: only root can look")
     managed = sum(gpu.managed for gpu in reply.gpus)
     # The enforcer's own root first: outside its container the same path is another file.
-    candidates = [proc / str(listener) / "root" / path.relative_to(path.anchor), path]
-    for candidate in candidates if listener else [path]:
+    inside = proc / str(listener) / "root" / path.relative_to(path.anchor)
+    candidates = [inside, path] if listener else [path]
+    for candidate in candidates:
         try:
             text = candidate.read_bytes()
         except OSError:
@@ -194,20 +195,29 @@ def ledger(reply: messages.StatusReply, proc: Path, listener: int, *, as_root: b
                 "somebody else wrote it: the enforcer writes it anew with its next change; one "
                 "that starts before moves it aside and takes the generation before it",
             )
-        if aside := sorted(candidate.parent.glob(f"{path.stem}*.damaged-*")):
-            return _damaged(name, [path.with_name(each.name) for each in aside])
-        return Check(name=name, seen=f"{path}, {len(text)} bytes, {managed} GPUs managed")
+        seen = f"{path}, {len(text)} bytes, {managed} GPUs managed"
+        return _damaged(name, candidates) or Check(name=name, seen=seen)
     if managed and not reply.enforcer.dry_run:
         return fail(
             name,
             f"{path} cannot be read, and {managed} GPUs are managed",
             "mount a writable host directory at POWER_AGENT_STATE_DIR; or run doctor there",
         )
-    return Check(name=name, seen=f"{path}: not there, and no GPU is managed")
+    seen = f"{path}: not there, and no GPU is managed"
+    return _damaged(name, candidates) or Check(name=name, seen=seen)
 
 
-def _damaged(name: str, aside: list[Path]) -> Check:
-    files = " ".join(map(str, aside))
+def _damaged(name: str, candidates: list[Path]) -> Check | None:
+    """Warn of files that were moved aside; the last candidate is the path as the enforcer has it.
+
+    They lie beside the ledger, also where that is not there any more.
+    """
+    path = candidates[-1]
+    found = [sorted(each.parent.glob(f"{path.stem}*.damaged-*")) for each in candidates]
+    aside = next((files for files in found if files), [])
+    if not aside:
+        return None
+    files = " ".join(str(path.with_name(each.name)) for each in aside)
     return warn(
         name,
         f"moved aside as damaged: {files}",

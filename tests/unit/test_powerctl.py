@@ -1519,6 +1519,9 @@ def test_doctor_judges_the_ledger(tmp_path: Path) -> None:
     warned = node_checks.ledger(told, tmp_path / "proc", 50, as_root=True)
     assert (warned.result, str(aside) in warned.seen) == ("warn", True)
     assert f"rm {aside}" in warned.remedy
+    path.unlink()  # its pod has gone, and the GPU stays at its limit
+    assert result(idle) == "warn"
+    path.write_text("{}")
     aside.unlink()
     faulty = reply(enforcer=enforcer(ledger=str(path), ledger_fault="No space left on device"))
     assert result(faulty) == "fail"
