@@ -41,6 +41,7 @@ the board was lost before: then it was reset. Nor is one a drift that never stoo
 refused or cut short, perhaps before this start.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -57,6 +58,8 @@ from shared.units import same_limit
 WRITE_GAP_S = 0.1
 _AGAIN = Backoff(first_s=1.0, most_s=32.0)
 _CUT_OFF_S = 180.0
+# In a reason: another one each second, where a list that is not believed has garbage for pids.
+_NUMBER = re.compile("[0-9]+")
 _NEVER_STOOD = "nobody else changed it: when it was last set, that was refused or cut short"
 _FORGOTTEN = "the driver had forgotten it while NVML was closed, since persistence mode is off"
 _RESET = "nobody else changed it: it was lost, and is back at its default"
@@ -478,13 +481,13 @@ def shown(gpu: Gpu) -> tuple[GpuState, str]:
 def news(gpu: Gpu) -> Gpu:
     """Return the GPU with its state as told, which is another one where there is news.
 
-    What it is held for is news too, since no other line tells of it. So is, in a dry run or while
-    it is paused, another limit that it would have.
+    What it is held for is news too, save for numbers in it: no other line tells of it. So is, in a
+    dry run or while it is paused, another limit that it would have.
     """
     if gpu.decision is UNDECIDED or isinstance(gpu.where, Unseen):
         return gpu
     state, why = shown(gpu)
-    said = f"{state}: {why}" if state == "held" else state
+    said = f"{state}: {_NUMBER.sub('0', why)}" if state == "held" else state
     if gpu.decision.withheld:
         said = f"{said}, {gpu.decision.withheld} {gpu.decision.target_mw}"
     return gpu if said == gpu.said else replace(gpu, said=said)

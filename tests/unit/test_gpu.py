@@ -200,6 +200,18 @@ def test_losses_in_a_row_are_searched_for_ever_more_seldom_and_forgotten_in_time
     assert one.search_s(gpu, well_s) == well_s
 
 
+def test_what_a_gpu_is_held_for_is_news_and_other_numbers_in_it_are_none() -> None:
+    """A list that is not believed has another pid in its place each second."""
+    lists = [f"350 W: pid {pid} cannot be, so the list is not believed" for pid in (7, 4711)]
+    first, second, other = (
+        replace(HERE, decision=Decision("held", why)) for why in (*lists, "350 W: UNKNOWN")
+    )
+    said = one.news(first).said
+    assert said != HERE.said
+    assert one.news(replace(second, said=said)).said == said
+    assert one.news(replace(other, said=said)).said != said
+
+
 def test_an_undecided_gpu_says_nothing_new() -> None:
     gpu = replace(HERE, said="managed")
     assert one.decided(gpu, UNDECIDED).said == "managed"
