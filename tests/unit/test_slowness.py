@@ -10,7 +10,7 @@ from tests.cluster import parts
 from tests.cluster.agent import MANIFEST, patient_probes
 from tests.cluster.cluster import patient
 from tests.vm import debian
-from tests.waiting import SLOWNESS_VARIABLE, NotInTimeError, slowness, until
+from tests.waiting import SLOWNESS_VARIABLE, NotInTimeError, rest_s, slowness, until
 
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
@@ -34,6 +34,15 @@ def test_a_deadline_is_multiplied_and_the_failure_tells_the_one_that_held(
     monkeypatch.setattr(waiting, "SLOWNESS", 10.0)
     with pytest.raises(NotInTimeError, match=r"never: not within 0\.1 s"):
         until(lambda: False, "never", deadline_s=0.01, poll_s=0.001)
+
+
+@pytest.mark.parametrize(
+    ("looked_s", "factor", "expected_s"), [(5.0, 1, 0.01), (0.0, 8, 0.01), (5.0, 8, 5.0)]
+)
+def test_only_on_a_slow_machine_a_look_is_rested_from(
+    looked_s: float, factor: float, expected_s: float
+) -> None:
+    assert rest_s(0.01, looked_s, factor) == expected_s
 
 
 @pytest.mark.parametrize(
