@@ -61,11 +61,18 @@ def until(
     """
     deadline_s *= SLOWNESS
     end_s = time.monotonic() + deadline_s
+    began_s = time.monotonic()
     while not (found := condition()):
         if time.monotonic() > end_s:
             raise NotInTimeError(f"{what}: not within {deadline_s:g} s: {found!r}\n{explain()}")
-        time.sleep(poll_s)
+        time.sleep(rest_s(poll_s, time.monotonic() - began_s, SLOWNESS))
+        began_s = time.monotonic()
     return found
+
+
+def rest_s(poll_s: float, looked_s: float, factor: float) -> float:
+    """How long until the next look. On a slow machine a look takes time from what is waited for."""
+    return poll_s if factor == 1 else max(poll_s, looked_s)
 
 
 def stays(

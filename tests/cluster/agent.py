@@ -63,18 +63,26 @@ def pod_patch(spec: Object) -> Object:
 
 
 def patient_probes(manifests: str, factor: float) -> str:
-    """The same with longer time-outs of probes; a kubelet takes only whole seconds."""
+    """The same with more patient probes; a kubelet takes only whole numbers."""
     if factor == 1:
         return manifests
     documents = list(yaml.safe_load_all(manifests))
     for document in documents:
         template = document.get("spec", {}).get("template", {})
         for container in template.get("spec", {}).get("containers", []):
-            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-                if probe in container:
-                    given_s = container[probe].get("timeoutSeconds", 1)
-                    container[probe]["timeoutSeconds"] = ceil(given_s * factor)
+            for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+                if name in container:
+                    _make_patient(name, container[name], factor)
     return yaml.safe_dump_all(documents)
+
+
+def _make_patient(name: str, probe: Object, factor: float) -> None:
+    probe["timeoutSeconds"] = ceil(probe.get("timeoutSeconds", 1) * factor)
+    if name == "startupProbe":
+        probe["failureThreshold"] = ceil(probe.get("failureThreshold", 3) * factor)
+    elif "exec" in probe:
+        # Each costs the runtime seconds of an emulated node's processor.
+        probe["periodSeconds"] = ceil(probe.get("periodSeconds", 10) * factor)
 
 
 RUNTIME_CLASS: Object = {

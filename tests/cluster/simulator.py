@@ -77,10 +77,12 @@ def objects(image: str, count: int) -> list[Object]:
         "command": ["python3", "-B", "-m", "tests.cluster.simulator_pod", str(count), MODEL],
         "workingDir": "/simulator",
         "securityContext": {"privileged": True, "runAsUser": 0, "runAsGroup": 0},
-        "readinessProbe": {
+        # Asked until it is there, and no more: an exec each second is all that a slow node can do.
+        "startupProbe": {
             "exec": {"command": ["cat", "/tmp/ready"]},
             "periodSeconds": 1,
             "timeoutSeconds": ceil(SLOWNESS),
+            "failureThreshold": ceil(60 * SLOWNESS),
         },
         "volumeMounts": [
             {"name": "code", "mountPath": "/simulator"},
