@@ -32,6 +32,7 @@ _TOGETHER = {
 # What waits longest comes first: so no worker is left with it while the others have nothing to do.
 _FIRST = (
     "tests/kube/",
+    "tests/prometheus/test_other_nights.py",
     "tests/node/test_watcher.py",
     "tests/chaos/",
     "tests/node/",

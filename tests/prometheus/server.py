@@ -25,19 +25,19 @@ SHORTER, YOUNGER = 60, 15
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def hurried(rules: str) -> str:
-    """The same rules where a minute is a second."""
+def hurried(rules: str, shorter: int = SHORTER) -> str:
+    """The same rules where a minute is a second, or less with a larger `shorter`."""
     spec = yaml.safe_load(rules)
+
+    def span(found: re.Match[str]) -> str:
+        return f"{found[1]}{int(found[2]) * _UNITS_S[found[3]] * 1000 // shorter}ms"
+
     for rule in (rule for group in spec["groups"] for rule in group["rules"]):
-        spans = re.sub(r"(\[|offset )(\d+)([smhd])", _span, rule["expr"])
+        spans = re.sub(r"(\[|offset )(\d+)([smhd])", span, rule["expr"])
         rule["expr"] = re.sub(r"(_age_seconds\)? [<>]=? )(\d+)", _age, spans)
         if "for" in rule:
-            rule["for"] = re.sub(r"()(\d+)([smhd])", _span, rule["for"])
+            rule["for"] = re.sub(r"()(\d+)([smhd])", span, rule["for"])
     return yaml.safe_dump(spec, width=10_000)
-
-
-def _span(found: re.Match[str]) -> str:
-    return f"{found[1]}{int(found[2]) * _UNITS_S[found[3]] * 1000 // SHORTER}ms"
 
 
 def _age(found: re.Match[str]) -> str:
